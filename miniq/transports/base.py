@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""The seam between miniq and a broker: what a transport must do, and the table of transports.
+
+Two objects.  A `Transport` is one thread's conversation with one broker: it declares and
+publishes.  A `Consumer` takes messages for one worker.  Neither ever blocks longer than its
+deadline, and neither is shared between threads.
+
+The life of a delivery, whatever the store::
+
+    poll() ----> start() ----> ack()           finished; an early one was already safe at start()
+       |            \\-------> reject()        refused: dead letter, or back to the queue's end
+       |            \\-------> defer()         back, not before a moment; the count stays
+       \\---------> release()                  not started: back to its old place, not counted
+       \\---------> dead_letter()              set aside with a reason, listed, replayable
+
+All of these may be called inside ``with transport.transaction():`` together with `publish` and,
+where the result backend is the same store, with the backend's `store`; what can be atomic there,
+is.  A transport whose broker has no transactions runs them in the order of the calls.
+
+Fanout: `declare` of a queue with a fanout exchange binds it; `publish` to that exchange copies
+the message to every bound queue; nobody bound = nobody reads, no error.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
+
+from ..exceptions import ImproperlyConfigured
+from ..message import Delivery, Message
+from ..routing import Queue
+from ..text import import_object, mask_url, unknown_scheme
+
+#: URL scheme -> "module:Class", relative to this package.
+TRANSPORTS: Dict[str, str] = {
+    "memory": ".memory:MemoryTransport",
+    "sqlite": ".sqlite:SQLiteTransport",
+}
+
+
+class Publication(NamedTuple):
+    """One message and where it goes."""
+
+    message: Message
+    exchange: str
+    routing_key: str
+
+
+class QueueSize(NamedTuple):
+    """How a queue stands: counts of messages, and the age of the oldest ready one."""
+
+    queue: str
+    ready: int
+    waiting: int  #: not due yet
+    unacked: int  #: held or run by workers
+    oldest_s: Optional[float]
+
+
+class DeadLetter(NamedTuple):
+    """A message that was set aside: `id` is what `replay` and `drop` take."""
+
+    id: str
+    queue: str
+    reason: str
+    at: float  #: epoch seconds
+    message: Message
+
+
+class Transport:
+    """One thread's conversation with one broker.
+
+    Errors: `OperationalError` where trying again may help (text names the URL without its
+    password), `ImproperlyConfigured` where the operator must act.
+    """
+
+    #: Copies to many queues. / Orders by priority. / Holds messages until they are due. /
+    #: `publish` returns only when the broker has it.
+    fanout = False
+    priority = False
+    delay = False
+    confirms = False
+    #: How priorities sort here: "higher first" or "lower first".
+    priority_order = "higher first"
+
+    def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
+        """Remember `url` and `options` (``broker_transport_options``); open nothing yet.
+
+        Unknown options raise `ImproperlyConfigured`.  `wall` gives epoch seconds.
+        """
+        raise NotImplementedError
+
+    def declare(self, queue: Queue) -> None:
+        """Create `queue` with its exchange and bindings; cheap when already done here."""
+        raise NotImplementedError
+
+    def publish(self, publications: Sequence[Publication], timeout_s: float) -> None:
+        """Hand messages over; return when the broker has all of them, else raise.
+
+        Exchange ``""`` means: to the queue named by the routing key.  All are stored or none
+        where the store can do that.
+        """
+        raise NotImplementedError
+
+    def transaction(self) -> "AbstractContextManager[Any]":
+        """Return a context in which calls become visible together (see the module)."""
+        raise NotImplementedError
+
+    def consumer(self, node: str, queues: Iterable[Queue]) -> "Consumer":
+        """Return a consumer for the worker called `node`."""
+        raise NotImplementedError
+
+    def purge(self, queue: str) -> int:
+        """Delete what waits in `queue` (ready and not due); return how many."""
+        raise NotImplementedError
+
+    def sizes(self) -> List[QueueSize]:
+        """Return the sizes of all known queues, sorted by name."""
+        raise NotImplementedError
+
+    def revoke(self, task_ids: Iterable[str], until: float) -> None:
+        """Store tombstones: until `until` (epoch s) these ids come with fate "revoked"."""
+        raise NotImplementedError
+
+    def dead_letters(self, limit: int = 100) -> List[DeadLetter]:
+        """Return the newest messages that were set aside."""
+        raise NotImplementedError
+
+    def replay(self, dead_letter_id: str) -> bool:
+        """Put a dead letter back into its queue with a fresh count; False when unknown."""
+        raise NotImplementedError
+
+    def drop(self, dead_letter_id: str) -> bool:
+        """Delete a dead letter; False when unknown."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the connection; everything unfinished of a consumer goes back."""
+        raise NotImplementedError
+
+
+class Consumer:
+    """Takes messages for one worker.  Used in the loop's thread only.
+
+    The broker knows that the worker is alive by something that ends with its process; when it
+    ends, what the worker held is recovered by the others: messages that were not started or are
+    late-acked go back (with a growing pause from the second loss on), early-acked ones and those
+    over the delivery limit come out of `poll` once more, with fate "lost".
+    """
+
+    #: Not-started messages over this count of starts get fate "lost" (0 = no limit).
+    delivery_limit = 3
+
+    def fileno(self) -> Optional[int]:
+        """Return a descriptor that is readable when `poll` may have something, or None."""
+        raise NotImplementedError
+
+    def on_readable(self) -> None:
+        """Take the wake-up off the descriptor; called before `poll` when it was readable."""
+        raise NotImplementedError
+
+    def changed(self) -> bool:
+        """Say, cheaply, whether `poll` may find something new since it last came back short.
+
+        Called at the interval `poll_interval_s`; the net under the descriptor.
+        """
+        raise NotImplementedError
+
+    #: Seconds between two `changed` while idle; None = the descriptor alone is enough.
+    poll_interval_s: Optional[float] = None
+
+    def poll(self, limit: int) -> List[Delivery]:
+        """Return at most `limit` deliveries, best first; never blocks.
+
+        They are this worker's from now on, but not started.
+        """
+        raise NotImplementedError
+
+    def next_due(self) -> Optional[float]:
+        """Return when the next waiting message is due (epoch seconds), None if there is none."""
+        raise NotImplementedError
+
+    def start(self, deliveries: Sequence[Delivery]) -> None:
+        """Count one start each; those with `early` are acknowledged and never start again."""
+        raise NotImplementedError
+
+    def ack(self, delivery: Delivery) -> bool:
+        """End the delivery; False = it is not ours any more, drop its outcome."""
+        raise NotImplementedError
+
+    def reject(self, delivery: Delivery, requeue: bool, reason: str = "rejected") -> bool:
+        """Refuse: to the back of the queue, or set aside as a dead letter with `reason`."""
+        raise NotImplementedError
+
+    def release(self, deliveries: Sequence[Delivery]) -> None:
+        """Give back what was not started: same place, same count."""
+        raise NotImplementedError
+
+    def defer(self, delivery: Delivery, until: float) -> bool:
+        """Give back, not to come out before `until` (epoch seconds)."""
+        raise NotImplementedError
+
+    def dead_letter(self, delivery: Delivery, reason: str) -> bool:
+        """Set aside; it can be listed and replayed."""
+        raise NotImplementedError
+
+    def housekeep(self) -> None:
+        """Renew, recover from dead workers, expire; called every `housekeep_interval_s`."""
+        raise NotImplementedError
+
+    housekeep_interval_s: float = 1.0
+
+    def add_queue(self, queue: Queue) -> None:
+        """Consume from one more queue."""
+        raise NotImplementedError
+
+    def cancel_queue(self, name: str) -> None:
+        """Stop consuming from a queue; what was taken from it stays taken."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give everything unfinished back and stop being known as alive."""
+        raise NotImplementedError
+
+
+def transport_class(url: str) -> "type[Transport]":
+    """Return the class for the URL's scheme; `ImproperlyConfigured` names the known ones."""
+    scheme = url.partition("://")[0].lower()
+    target = TRANSPORTS.get(scheme)
+    if "://" not in url or target is None:
+        raise ImproperlyConfigured(f"broker URL {mask_url(url)!r}: {unknown_scheme(scheme, TRANSPORTS)}")
+    found: "type[Transport]" = import_object(target, package=__package__)
+    return found
