@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Optional, Tuple
 
+from .text import safe_repr
+
 #: Headers which Celery always writes, in its order.  All but `task` and `id` may be missing.
 HEADER_NAMES = (
     "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries",
@@ -68,10 +70,11 @@ class Message:
     @classmethod
     def from_envelope(cls, envelope: Dict[str, Any], body: bytes) -> "Message":
         """Build a message from what `envelope` returned; missing parts become empty."""
+        content_type, content_encoding = envelope.get("content-type"), envelope.get("content-encoding")
         return cls(
             body,
-            envelope.get("content-type") or "",
-            envelope.get("content-encoding") or "",
+            content_type if isinstance(content_type, str) else "",
+            content_encoding if isinstance(content_encoding, str) else "",
             envelope.get("headers") or {},
             envelope.get("properties") or {},
         )
@@ -132,6 +135,70 @@ class Delivery:
         }
 
 
+# -- headers -------------------------------------------------------------------------------------
+
+_TEXT = (frozenset({str, type(None)}), "text or null")
+_COUNT = (frozenset({int, type(None)}), "a whole number or null")
+#: header -> the types it may have, and those in words; null is as good as missing.
+_HEADER_TYPES = (
+    ("eta", *_TEXT),
+    ("expires", *_TEXT),
+    ("retries", *_COUNT),
+    ("group", *_TEXT),
+    ("group_index", *_COUNT),
+    ("root_id", *_TEXT),
+    ("parent_id", *_TEXT),
+    ("shadow", *_TEXT),
+    ("compression", *_TEXT),
+    # An AMQP peer may send a boolean as 0 or 1.
+    ("ignore_result", frozenset({bool, int, type(None)}), "a boolean or null"),
+    ("replaced_task_nesting", *_COUNT),
+    ("stamped_headers", frozenset({list, tuple, type(None)}), "an array or null"),
+    ("stamps", frozenset({dict, type(None)}), "an object or null"),
+)
+_NO_LIMITS = (None, [None, None])
+
+
+def validate_headers(headers: Any) -> Optional[str]:
+    """Return what is wrong with the headers of a protocol 2 message, None when a worker can go by them.
+
+    Checks what the worker's core decides by, and the types only: whether ``eta`` is a moment, or
+    the task is known, is found out where it is used.
+    """
+    if type(headers) is not dict:
+        return f"the headers must be an object, not {type(headers).__name__}"
+    get = headers.get
+    for name in ("task", "id"):
+        value = get(name)
+        if type(value) is not str or not value:
+            return _wrong(name, value, "text that is not empty")
+    for name, types, words in _HEADER_TYPES:
+        if type(get(name)) not in types:
+            return _wrong(name, get(name), words)
+    if (get("retries") or 0) < 0:
+        return _wrong("retries", get("retries"), "a count from 0 on")
+    limits = get("timelimit")
+    if limits not in _NO_LIMITS and not _are_limits(limits):
+        return _wrong("timelimit", limits, "[hard, soft], each seconds or null")
+    return None
+
+
+def _are_limits(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return all(
+        limit is None or (type(limit) in (int, float) and 0 <= limit < float("inf")) for limit in value
+    )
+
+
+def _wrong(name: str, value: Any, expected: str) -> str:
+    if value is None:
+        return f"header {name!r} is missing"
+    return f"header {name!r} must be {expected}, not {safe_repr(value, 100)}"
+
+
+# -- body ----------------------------------------------------------------------------------------
+
 #: What `Task.request` and follow-ups need of a body: args, kwargs, embed.
 Body = Tuple[List[Any], Dict[str, Any], Dict[str, Any]]
 
@@ -167,7 +234,17 @@ def unpack_body(value: Any) -> Body:
     if embed is not None and not isinstance(embed, dict):
         raise ValueError(f"embed must be an object or null, not {type(embed).__name__}")
     embed = embed or {}
-    return list(args), kwargs, {key: embed.get(key) for key in _EMBED_KEYS}
+    found = {key: embed.get(key) for key in _EMBED_KEYS}
+    for key in ("callbacks", "errbacks", "chain"):
+        if found[key] and not _are_signatures(found[key]):
+            raise ValueError(
+                f"embed: {key} must be an array of signatures or null, not {safe_repr(found[key], 100)}"
+            )
+    return list(args), kwargs, found
+
+
+def _are_signatures(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(step, dict) for step in value)
 
 
 def upgrade_v1(value: Any) -> Tuple[Dict[str, Any], Body]:
@@ -176,7 +253,9 @@ def upgrade_v1(value: Any) -> Tuple[Dict[str, Any], Body]:
     Raises `ValueError` when it lacks `task` or `id`.
     """
     if not isinstance(value, dict) or not value.get("task") or not value.get("id"):
-        raise ValueError("neither a protocol 2 message (no task header) nor a protocol 1 object with task and id")
+        raise ValueError(
+            "neither protocol 2 (there is no task header) nor a protocol 1 object with task and id"
+        )
     headers: Dict[str, Any] = {
         "lang": "py",
         "task": value["task"],

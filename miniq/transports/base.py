@@ -30,6 +30,7 @@ from ..exceptions import ImproperlyConfigured
 from ..message import Delivery, Message
 from ..routing import Queue
 from ..text import import_object, mask_url, unknown_scheme
+from ..times import to_epoch
 
 #: URL scheme -> "module:Class", relative to this package.
 TRANSPORTS: Dict[str, str] = {
@@ -230,3 +231,42 @@ def transport_class(url: str) -> "type[Transport]":
         raise ImproperlyConfigured(f"broker URL {mask_url(url)!r}: {unknown_scheme(scheme, TRANSPORTS)}")
     found: "type[Transport]" = import_object(target, package=__package__)
     return found
+
+
+# -- rules that every store keeps ----------------------------------------------------------------
+
+
+def due_at(message: Message, now: float) -> float:
+    """Return when the message may come out: its ``eta`` header, or `now` where it has none.
+
+    An eta that is no date does not hold the message back: the worker says what is wrong with it.
+    """
+    eta = message.headers.get("eta")
+    if eta is None:
+        return now
+    try:
+        return max(now, to_epoch(eta))
+    except (TypeError, ValueError, OverflowError):
+        return now
+
+
+def has_died(message: Message, published: float, now: float) -> bool:
+    """Say whether the ``expiration`` property (ms, text) is over; then nobody gets the message.
+
+    One with an ``expires`` header is a task: the worker takes it and stores that it came too late.
+    """
+    expiration = message.properties.get("expiration")
+    if expiration is None or message.headers.get("expires") is not None:
+        return False
+    try:
+        return published + float(expiration) / 1000 <= now
+    except (TypeError, ValueError):
+        return False
+
+
+def pause_after_loss_s(starts: int, rand: float) -> float:
+    """Return how long a message waits whose worker died after its `starts`-th start.
+
+    Nothing after the first, then 1, 2, 4 ... seconds up to an hour and `rand` (0..1) of half of that.
+    """
+    return 0.0 if starts < 2 else min(2.0 ** (starts - 2), 3600.0) * (1.0 + rand / 2)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""Results in a SQLite file, usually the one that is the broker too.
+
+On the same file and thread as a transport it shares the handle, and `store` joins the open
+transaction: result, follow-ups and acknowledgement happen together or not at all.
+
+A waiter looks, then asks SQLite whether anybody has written since (some microseconds), with a
+pause that grows with the time it has waited: a tenth of it, between half a millisecond and 50 ms.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from ..connections.sqlite import MAX_VARIABLES, Database, Options, path_of
+from ..exceptions import BackendGetMetaError, BackendStoreError, OperationalError
+from ..states import READY_STATES
+from .base import Backend, StoredResult
+
+#: Rows that one `expire` deletes in one transaction, and how many of these it does at most.
+EXPIRE_BATCH = 1000
+EXPIRE_ROUNDS = 100
+
+_FINAL = ", ".join(f"'{state}'" for state in sorted(READY_STATES))
+# states.may_replace in SQL; a result past its time is as good as none.
+_STORE = (
+    "INSERT INTO results(task_id, state, body, content_type, content_encoding, expires) VALUES(?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT(task_id) DO UPDATE SET state=excluded.state, body=excluded.body, expires=excluded.expires,"
+    " content_type=excluded.content_type, content_encoding=excluded.content_encoding"
+    " WHERE (results.state<>'SUCCESS'"
+    f" AND (excluded.state IN ({_FINAL}) OR results.state NOT IN ({_FINAL}))) OR results.expires<=?"
+)
+
+
+class SQLiteBackend(Backend):
+    """One thread's way to the results in a SQLite file."""
+
+    def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
+        self._path = path_of(url)
+        self._options = Options.read(options, url)
+        self._wall = wall
+        self._db: Optional[Database] = None
+        self._inherited: List[Database] = []
+
+    def _database(self) -> Database:
+        db = self._db
+        if db is None or not db.usable_here():
+            if db is not None:
+                self._inherited.append(db)
+            db = self._db = Database.open(self._path, self._options)
+        return db
+
+    def store(self, results: Sequence[StoredResult]) -> None:
+        if not results:
+            return
+        now = self._wall()
+        rows = [
+            (task_id, state, body, content_type, encoding, None if expires_s is None else now + expires_s, now)
+            for task_id, state, body, content_type, encoding, expires_s in results
+        ]
+        try:
+            db = self._database()
+            with db.transaction(self._options.worker_synchronous):
+                db.write_many(_STORE, rows)
+        except OperationalError as error:
+            first = results[0]
+            raise BackendStoreError(str(error), task_id=first.task_id, state=first.state) from error
+
+    def fetch(self, task_ids: Sequence[str]) -> Dict[str, StoredResult]:
+        return self._look(task_ids, "")
+
+    def _look(self, task_ids: Sequence[str], condition: str) -> Dict[str, StoredResult]:
+        now = self._wall()
+        found: Dict[str, StoredResult] = {}
+        try:
+            db = self._database()
+            for start in range(0, len(task_ids), MAX_VARIABLES):
+                chunk = task_ids[start : start + MAX_VARIABLES]
+                rows = db.read(
+                    "SELECT task_id, state, body, content_type, content_encoding, expires FROM results"
+                    f" WHERE task_id IN ({','.join('?' * len(chunk))}) AND (expires IS NULL OR expires>?){condition}",
+                    (*chunk, now),
+                )
+                for task_id, state, body, content_type, encoding, expires in rows:
+                    left_s = None if expires is None else expires - now
+                    found[task_id] = StoredResult(task_id, state, body, content_type, encoding, left_s)
+        except OperationalError as error:
+            raise BackendGetMetaError(str(error), task_id=task_ids[0]) from error
+        return found
+
+    def wait(
+        self,
+        task_ids: Sequence[str],
+        timeout_s: Optional[float],
+        interval_s: Optional[float] = None,
+        unready: bool = False,
+    ) -> Iterator[StoredResult]:
+        longest_s = 0.05 if interval_s is None else min(max(interval_s, 0.0005), 0.05)
+        pending = dict.fromkeys(task_ids)
+        reported: Dict[str, Tuple[str, bytes]] = {}
+        condition = "" if unready else f" AND state IN ({_FINAL})"
+        start = progress = time.monotonic()
+        version: Optional[Tuple[int, int]] = None
+        while pending:
+            look_s = 0.0
+            latest = self._version()
+            if latest != version:
+                version = latest
+                before = time.monotonic()
+                found = self._look(list(pending), condition)
+                look_s = time.monotonic() - before
+                for task_id, stored in found.items():
+                    if stored.state in READY_STATES:
+                        del pending[task_id]
+                    elif reported.get(task_id) == (stored.state, stored.body):
+                        continue
+                    reported[task_id] = (stored.state, stored.body)
+                    progress = time.monotonic()
+                    yield stored
+                if not pending:
+                    return
+            mono = time.monotonic()
+            pause_s = min(max((mono - progress) / 10, 0.0005), longest_s)
+            if timeout_s is not None:
+                left_s = start + timeout_s - mono
+                if left_s <= 0:
+                    return
+                pause_s = min(pause_s, left_s)
+            # Looking for many ids takes its time; two thirds of it at least are left to others.
+            time.sleep(max(pause_s, 2 * look_s) if timeout_s is None else min(max(pause_s, 2 * look_s), left_s))
+
+    def _version(self) -> Tuple[int, int]:
+        try:
+            return self._database().version()
+        except OperationalError as error:
+            raise BackendGetMetaError(str(error)) from error
+
+    def forget(self, task_ids: Iterable[str]) -> None:
+        try:
+            db = self._database()
+            with db.transaction():
+                db.write_many("DELETE FROM results WHERE task_id=?", [(task_id,) for task_id in task_ids])
+        except OperationalError as error:
+            raise BackendStoreError(str(error)) from error
+
+    def expire(self) -> int:
+        removed = 0
+        try:
+            db = self._database()
+            due = "SELECT rowid FROM results WHERE expires<=? LIMIT "
+            for _ in range(EXPIRE_ROUNDS):
+                now = self._wall()
+                if not db.read(due + "1", (now,)):
+                    break
+                with db.transaction():
+                    removed += db.write(f"DELETE FROM results WHERE rowid IN ({due}{EXPIRE_BATCH})", (now,))
+        except OperationalError as error:
+            raise BackendStoreError(str(error)) from error
+        return removed
+
+    def close(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None

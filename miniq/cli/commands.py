@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: MIT
+"""The small commands: call, result, purge, queues, dead."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any, List, Sequence
+
+from ..exceptions import MiniqError, TimeoutError
+from ..text import safe_repr
+from ..times import to_iso
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Add the commands to the command line."""
+    call = subparsers.add_parser(
+        "call",
+        help="send a task by name; prints its id",
+        epilog="example:\n  python -m miniq -A proj call proj.add -a '[2, 3]' --countdown 10 --wait 30",
+    )
+    call.set_defaults(run=run_call)
+    call.add_argument("task", help="name of the task")
+    call.add_argument("-a", "--args", default="[]", help="positional arguments, a JSON array")
+    call.add_argument("-k", "--kwargs", default="{}", help="keyword arguments, a JSON object")
+    call.add_argument("--countdown", type=float, help="seconds until it may start")
+    call.add_argument("--eta", help="moment at which it may start, ISO 8601")
+    call.add_argument("--expires", help="seconds, or a moment, after which it must not start")
+    call.add_argument("--priority", type=int, help="0 to 255")
+    call.add_argument("--queue", help="queue to send it to")
+    call.add_argument("--exchange", help="exchange to send it to")
+    call.add_argument("--routing-key", help="routing key")
+    call.add_argument("--serializer", help="json (default), pickle, ...")
+    call.add_argument("--wait", type=float, metavar="SECONDS", help="wait for the result and print it as JSON")
+
+    result = subparsers.add_parser("result", help="print the result of a task")
+    result.set_defaults(run=run_result)
+    result.add_argument("id", help="id of the task")
+    result.add_argument("-t", "--task", help="name of the task (for its own backend)")
+    result.add_argument("--traceback", action="store_true", help="print the traceback of a failure")
+    result.add_argument("--json", action="store_true", help="print state and result as JSON")
+
+    purge = subparsers.add_parser("purge", help="delete all waiting messages")
+    purge.set_defaults(run=run_purge)
+    purge.add_argument("-f", "--force", action="store_true", help="do not ask")
+    purge.add_argument("-Q", "--queues", help="these queues only (comma-separated)")
+    purge.add_argument("-X", "--exclude-queues", help="not these queues")
+
+    queues = subparsers.add_parser("queues", help="show how many messages are where")
+    queues.set_defaults(run=run_queues)
+    queues.add_argument("--json", action="store_true", help="print as JSON")
+
+    dead = subparsers.add_parser("dead", help="messages that were set aside: list, show, replay, drop")
+    dead.set_defaults(run=run_dead)
+    dead.add_argument("action", choices=("list", "show", "replay", "drop"))
+    dead.add_argument("id", nargs="*", help="which (replay and drop take 'all')")
+    dead.add_argument("--json", action="store_true", help="print as JSON")
+    dead.add_argument("--limit", type=int, default=100, help="how many to list (default 100)")
+
+
+def run_call(app: Any, options: argparse.Namespace) -> int:
+    args, kwargs = _json(options.args, "--args", list), _json(options.kwargs, "--kwargs", dict)
+    expires: Any = options.expires
+    try:
+        expires = float(expires) if expires else None
+    except ValueError:
+        pass  # a moment, then
+    named = ("countdown", "eta", "priority", "queue", "exchange", "routing_key", "serializer")
+    given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    if options.app:
+        app.import_modules()
+    try:
+        result = app.send_task(options.task, args, kwargs, expires=expires, **given)
+    except (ValueError, TypeError) as error:
+        raise MiniqError(str(error)) from error
+    print(result.id)
+    if options.wait is not None:
+        try:
+            print(json.dumps(result.get(timeout=options.wait), default=safe_repr))
+        except TimeoutError as error:
+            raise MiniqError(str(error)) from error
+        except Exception as error:  # safety net: the task's own exception, of any kind
+            raise MiniqError(f"the task failed: {error!r}") from error
+    return 0
+
+
+def run_result(app: Any, options: argparse.Namespace) -> int:
+    result = app.AsyncResult(options.id)
+    if options.task:
+        app.import_modules()
+        result = app.tasks[options.task].AsyncResult(options.id)
+    state, value, text = result.state, result.result, result.traceback
+    if options.json:
+        print(json.dumps({"id": options.id, "state": state, "result": value, "traceback": text}, default=safe_repr))
+    elif options.traceback and text:
+        print(text)
+    else:
+        print(f"{state}: {value!r}" if state != "PENDING" else "PENDING: nothing is known of this id (yet, or any more)")
+    return 0
+
+
+def run_purge(app: Any, options: argparse.Namespace) -> int:
+    table = app.router.queues
+    names = options.queues.split(",") if options.queues else list(table)
+    names = [name for name in names if name not in (options.exclude_queues or "").split(",")]
+    if not options.force:
+        print(f"This deletes every waiting message of: {', '.join(names)}. Really? [yes/no] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("Nothing was deleted.")
+            return 1
+    transport = app.producer.transport
+    for name in names:
+        print(f"{name}: {transport.purge(name)} deleted")
+    return 0
+
+
+def run_queues(app: Any, options: argparse.Namespace) -> int:
+    sizes = app.producer.transport.sizes()
+    if options.json:
+        print(json.dumps([size._asdict() for size in sizes]))
+        return 0
+    rows = [("queue", "ready", "waiting", "unacked", "oldest")]
+    for size in sizes:
+        age = "" if size.oldest_s is None else f"{size.oldest_s:.0f} s"
+        rows.append((size.queue, str(size.ready), str(size.waiting), str(size.unacked), age))
+    _print_table(rows)
+    return 0
+
+
+def run_dead(app: Any, options: argparse.Namespace) -> int:
+    transport = app.producer.transport
+    if options.action in ("list", "show"):
+        letters = transport.dead_letters(options.limit)
+        if options.id:
+            letters = [letter for letter in letters if letter.id in options.id]
+        if options.json:
+            print(json.dumps([_dead_as_dict(letter) for letter in letters], default=safe_repr))
+        elif options.action == "show":
+            for letter in letters:
+                for key, value in _dead_as_dict(letter).items():
+                    print(f"{key:>9}  {value}")
+                print()
+        else:
+            rows = [("id", "set aside", "queue", "task", "reason")]
+            for letter in letters:
+                headers = letter.message.headers
+                when = to_iso(letter.at)[:19]
+                rows.append((letter.id, when, letter.queue, f"{headers.get('task')}[{headers.get('id')}]", letter.reason))
+            _print_table(rows)
+        return 0
+    if not options.id:
+        raise MiniqError(f"dead {options.action}: which? Give ids of `dead list`, or all")
+    ids = options.id
+    if ids == ["all"]:
+        ids = [letter.id for letter in transport.dead_letters(1_000_000)]
+    act = transport.replay if options.action == "replay" else transport.drop
+    missing = [one for one in ids if not act(one)]
+    print(f"{len(ids) - len(missing)} {'back in their queues' if options.action == 'replay' else 'dropped'}")
+    if missing:
+        raise MiniqError(f"no dead letter with id {', '.join(missing)}")
+    return 0
+
+
+def _dead_as_dict(letter: Any) -> Any:
+    message = letter.message
+    return {
+        "id": letter.id,
+        "at": to_iso(letter.at),
+        "queue": letter.queue,
+        "reason": letter.reason,
+        "task": message.headers.get("task"),
+        "task_id": message.headers.get("id"),
+        "args": message.headers.get("argsrepr"),
+        "kwargs": message.headers.get("kwargsrepr"),
+        "bytes": len(message.body),
+    }
+
+
+def _json(text: str, flag: str, kind: type) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise MiniqError(f"{flag} {text!r} is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise MiniqError(f"{flag} must be a JSON {'array' if kind is list else 'object'}, not {text!r}")
+    return value
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths: List[int] = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+

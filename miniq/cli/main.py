@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""The command line: ``python -m miniq [-A app] [-b broker] COMMAND ...``.
+
+Exit codes: 0 done, 1 it failed, 2 the command line makes no sense, 69 nobody is there to answer,
+73 a file (pid file) cannot be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from types import ModuleType
+from typing import Any, List, NoReturn, Optional, Sequence
+
+from .. import __version__
+from ..app import MiniQ
+from ..exceptions import MiniqError
+from ..text import import_module, import_object, is_missing, mask_urls, nearest
+from . import commands, worker
+
+EPILOG = """\
+examples:
+  python -m miniq -A proj worker -l INFO -c 4      run a worker with 4 processes
+  python -m miniq -A proj call proj.add -a '[2, 3]'
+  python -m miniq -b sqlite:///jobs.db queues       what waits where
+  python -m miniq dead list                         messages that were set aside
+
+Environment: APP (as -A), MINIQ_BROKER_URL or CELERY_BROKER_URL, MINIQ_RESULT_BACKEND or CELERY_RESULT_BACKEND.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest option or command to a mistyped one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
+        self.known_options: List[str] = []
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        self.known_options = [*getattr(self, "known_options", []), *(a for a in args if a.startswith("-"))]
+        return super().add_argument(*args, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            hint = nearest(word, self.known_options) if word.startswith("-") else None
+            self.error(f"unknown argument {unknown[0]!r}{f': did you mean {hint}?' if hint else ''}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: " in message:
+            word = message.split("invalid choice: ", 1)[1].split("'")[1]
+            choices = [c for action in self._actions for c in (action.choices or ())]
+            hint = nearest(word, [str(choice) for choice in choices])
+            if hint:
+                message = f"{word!r} is not one of {', '.join(map(str, choices))}: did you mean {hint!r}?"
+        self.exit(2, f"{self.prog}: error: {mask_urls(message)}\n(try {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    """Return the parser of the whole command line."""
+    prog = "python -m " + (__package__ or "miniq.cli").rpartition(".")[0]
+    parser = Parser(prog=prog, description="miniq: a task queue.", epilog=EPILOG)
+    parser.add_argument("-A", "--app", help="where the app is: module:attribute, or a module or package")
+    parser.add_argument("-b", "--broker", help="URL of the broker (over the app's setting)")
+    parser.add_argument("--result-backend", help="URL of the result backend (over the app's setting)")
+    parser.add_argument("--config", help="name of a settings module")
+    parser.add_argument("--workdir", help="change to this folder first")
+    parser.add_argument("-C", "--no-color", action="store_true", help="no colours")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no banner")
+    parser.add_argument("--version", action="version", version=f"miniq {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    worker.add_parser(subparsers)
+    commands.add_parsers(subparsers)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None, app: Optional[MiniQ] = None) -> int:
+    """Run the command line; return the exit code.  `app` stands in for ``-A``."""
+    parser = build_parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as leaving:
+        if app is None:
+            raise
+        return int(leaving.code or 0)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    if options.workdir:
+        try:
+            os.chdir(options.workdir)
+        except OSError as error:
+            return fail(f"--workdir {options.workdir}: {error.strerror}")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if options.no_color:
+        os.environ["NO_COLOR"] = "1"
+    with warnings.catch_warnings():
+        # Settings that need attention are shown as lines of ours, not as Python warnings.
+        warnings.showwarning = _show_warning
+        try:
+            app = app or load_app(options.app or os.environ.get("APP"), options.command == "worker")
+            configure(app, options)
+            code: int = options.run(app, options)
+            return code
+        except BrokenPipeError:
+            # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except MiniqError as error:
+            return fail(error)
+        except ImportError as error:
+            if error.__traceback__ is not None and _inside_user_code(error):
+                raise
+            return fail(error)
+
+
+def _inside_user_code(error: BaseException) -> bool:
+    """Say whether an import failed in a module that was found: then the traceback helps."""
+    return getattr(error, "name", None) is None or not str(error).startswith("cannot import ")
+
+
+def fail(error: object) -> int:
+    """Print one line about what went wrong; return exit code 1."""
+    print(f"Error: {mask_urls(str(error))}", file=sys.stderr)
+    return 1
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    print(f"Warning: {mask_urls(str(message))}", file=sys.stderr)
+
+
+def configure(app: MiniQ, options: argparse.Namespace) -> None:
+    """Put settings of the command line and the environment over the app's."""
+    if options.config:
+        app.config_from_object(options.config)
+    for name, given, variable in (
+        ("broker_url", options.broker, "BROKER_URL"),
+        ("result_backend", options.result_backend, "RESULT_BACKEND"),
+    ):
+        value = given
+        if value is None and app.conf.get(name) is None:
+            value = os.environ.get(f"MINIQ_{variable}") or os.environ.get(f"CELERY_{variable}")
+        if value:
+            app.conf.update({name: value}, "the command line" if given else "the environment")
+
+
+def load_app(name: Optional[str], needed: bool) -> MiniQ:
+    """Return the app that ``-A`` names.
+
+    ``module:attribute`` is taken as it is.  For a name alone: its attribute ``app``, else ``celery``,
+    else the same in its submodule ``celery``, else any app in it.
+    """
+    if not name:
+        if needed:
+            raise MiniqError("a worker needs to know its app: give it with -A, for example -A proj or -A proj.tasks:app")
+        return MiniQ("default")
+    if ":" in name:
+        found = import_object(name)
+        app = _app_in(found) if isinstance(found, ModuleType) else found
+        if not isinstance(app, MiniQ):
+            raise MiniqError(f"-A {name}: this is {type(found).__name__}, not an app (MiniQ)")
+        return app
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        if not is_missing(error):
+            raise
+        if "." in name:
+            found = import_object(name)
+            if isinstance(found, MiniQ):
+                return found
+        raise MiniqError(
+            f"-A {name}: there is no module {error.name!r} (looked in {os.getcwd()} and the Python path)"
+        ) from None
+    in_module = _app_in(module)
+    if in_module is None and hasattr(module, "__path__"):
+        try:
+            in_module = _app_in(import_module(f"{name}.celery"))
+        except ModuleNotFoundError as error:
+            if not is_missing(error):
+                raise
+    if in_module is None:
+        raise MiniqError(
+            f"-A {name}: the module has no app; make one with `app = MiniQ(...)` in it, or name it: -A {name}:NAME"
+        )
+    return in_module
+
+
+def _app_in(module: ModuleType) -> Optional[MiniQ]:
+    for attribute in ("app", "celery"):
+        found = getattr(module, attribute, None)
+        if isinstance(found, MiniQ):
+            return found
+    for found in vars(module).values():
+        if isinstance(found, MiniQ):
+            return found
+    return None
