@@ -98,7 +98,8 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+    # NaN is what does not equal itself.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # noqa: PLR0124
         return value
     raise TypeError
 
@@ -205,13 +206,12 @@ _RETRY_POLICY = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "i
 
 def _retry_policy(value: Dict[str, Any]) -> Dict[str, Any]:
     for key, number in value.items():
-        if key == "retry_errors":
-            continue
-        if key not in _RETRY_POLICY:
+        if key not in _RETRY_POLICY and key != "retry_errors":
             raise ValueError(f"no {key!r} in it; it may have {', '.join(_RETRY_POLICY)}, retry_errors")
-        if not (number is None and key == "max_retries") and not _float(number) >= 0:
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and number >= 0
+        if key != "retry_errors" and not is_number and not (key == "max_retries" and number is None):
             raise ValueError(f"{key} must be a number, at least 0")
-    return value
+    return {**_RETRY_POLICY, **value}
 
 
 # -- the table -----------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import logging
-import logging.handlers
 import os
 import sys
 import threading
@@ -67,8 +66,7 @@ def get_logger(name: str) -> logging.Logger:
 
     The package's own name stays out of it: it is another one where the folder was vendored.
     """
-    package = f"{__package__}."
-    return base_logger.getChild(name[len(package) :] if name.startswith(package) else name)
+    return base_logger.getChild(name.removeprefix(f"{__package__}."))
 
 
 def level_number(level: Union[str, int]) -> int:
@@ -346,7 +344,9 @@ def _handler(logfile: Optional[str], stream: TextIO, node: str, index: Optional[
     try:
         if os.name == "nt":  # an open file cannot be renamed there, so none needs watching
             return logging.FileHandler(path, encoding="utf-8")
-        return logging.handlers.WatchedFileHandler(path, encoding="utf-8")
+        from logging.handlers import WatchedFileHandler  # loads sockets and more: only for log files
+
+        return WatchedFileHandler(path, encoding="utf-8")
     except OSError as error:
         raise ImproperlyConfigured(f"cannot open the log file {path!r}: {error}") from error
 

@@ -37,8 +37,8 @@ MAX_WAIT_S = 3600.0
 SPIN_WAKEUPS = 2000
 #: ... and paused if they took less than this and the peer is gone (nothing can still come) ...
 SPIN_DEAD_S = 1.0
-#: ... or less than this whatever its state: 20,000 a second is no traffic, it is a callback that does not read.
-SPIN_ANY_S = 0.1
+#: ... or less than this whatever its state: 100,000 a second is no traffic but a callback that does not read.
+SPIN_ANY_S = 0.02
 SPIN_FIRST_PAUSE_S = 0.1
 SPIN_LAST_PAUSE_S = 10.0
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, overload
 
 from .text import safe_repr
 
 logger = logging.getLogger("celery.signals")
 
 Receiver = Callable[..., Any]
+_R = TypeVar("_R", bound=Receiver)
 #: How often a receiver connected with ``retry=True`` is called in all.
 RETRY_ATTEMPTS = 3
 #: co_flags: the function takes ``**kwargs``.
@@ -45,6 +46,18 @@ class _Connection:
         return wanted is None or wanted is sender or (isinstance(wanted, str) and wanted == sender)
 
 
+class _Strong:
+    """What a weak reference is not."""
+
+    __slots__ = ("receiver",)
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
+
+    def __call__(self) -> Receiver:
+        return self.receiver
+
+
 class Signal:
     """A place where receivers connect and senders send; usable from any thread.
 
@@ -62,7 +75,27 @@ class Signal:
     def __repr__(self) -> str:
         return f"<Signal: {self.name} receivers={len(self.receivers)}>"
 
-    def connect(self, *args: Any, **options: Any) -> Any:
+    @overload
+    def connect(
+        self,
+        receiver: _R,
+        sender: Any = None,
+        weak: bool = True,
+        dispatch_uid: Any = None,
+        retry: bool = False,
+    ) -> _R: ...
+
+    @overload
+    def connect(
+        self,
+        *,
+        sender: Any = None,
+        weak: bool = True,
+        dispatch_uid: Any = None,
+        retry: bool = False,
+    ) -> Callable[[_R], _R]: ...
+
+    def connect(self, receiver: Optional[Receiver] = None, *args: Any, **options: Any) -> Any:
         """Connect a receiver: ``connect(fn, ...)``, ``@connect`` or ``@connect(...)``.
 
         sender        hear this sender only (an object, or a task's name)
@@ -73,13 +106,9 @@ class Signal:
         Returns the receiver.  Raises `ValueError` for a receiver without ``**kwargs``: a signal may
         get new arguments.
         """
-        if args and callable(args[0]):
-            return self._connect(*args, **options)
-
-        def decorator(receiver: Receiver) -> Receiver:
-            return self._connect(receiver, *args, **options)
-
-        return decorator
+        if receiver is None:
+            return lambda receiver: self._connect(receiver, **options)
+        return self._connect(receiver, *args, **options)
 
     def _connect(
         self,
@@ -95,8 +124,9 @@ class Signal:
                 f"the receiver {safe_repr(receiver, 200)} of signal {self.name} must accept **kwargs"
             )
         identity = _identity(receiver, sender, dispatch_uid)
+        ref: Callable[[], Optional[Receiver]]
         if not weak:
-            ref: Callable[[], Optional[Receiver]] = lambda: receiver  # noqa: E731
+            ref = _Strong(receiver)
         elif hasattr(receiver, "__self__") and hasattr(receiver, "__func__"):
             ref = weakref.WeakMethod(receiver, self._forget)
         else:
@@ -141,7 +171,7 @@ class Signal:
 
     send_robust = send
 
-    def _call(self, receiver: Receiver, retry: bool, sender: Any, named: "dict[str, Any]") -> Any:
+    def _call(self, receiver: Receiver, retry: bool, sender: Any, named: Dict[str, Any]) -> Any:
         attempts = RETRY_ATTEMPTS if retry else 1
         for attempt in range(1, attempts + 1):
             try:
@@ -149,9 +179,8 @@ class Signal:
             except Exception as error:  # safety net: user code
                 fate = "called again" if attempt < attempts else "ignored"
                 logger.exception(
-                    "Signal handler %s of %s raised: %s; %s",
-                    safe_repr(receiver, 200), self.name, safe_repr(error), fate,
-                )  # fmt: skip
+                    "Signal handler %s of %s raised; %s", safe_repr(receiver, 200), self.name, fate
+                )
                 outcome: Any = error
         return outcome
 

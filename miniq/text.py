@@ -347,7 +347,7 @@ def _expand(text: str, values: Mapping[str, str], what: str) -> str:
     if "%" not in text:
         return text
 
-    def replace(match: "re.Match[str]") -> str:
+    def replace(match: re.Match[str]) -> str:
         letter = match.group(1)
         if letter == "%":
             return "%"

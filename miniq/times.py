@@ -213,8 +213,9 @@ def _moment(epoch: float, what: str, value: object) -> Moment:
 # -- rates ---------------------------------------------------------------------------------------
 
 _PER_SECOND = {"s": 1.0, "m": 60.0, "h": 3600.0}
-#: Whoever waits exactly `expected_wait` must find the token, whatever rounding did (tokens).
-_ROUNDING = 1e-6
+#: Whoever waits exactly `expected_wait` must find the token, whatever rounding did (tokens).  What
+#: is given too early is owed, so the rate stays exact.
+_ROUNDING = 1e-3
 
 
 def parse_rate(rate: Union[str, float, None]) -> Optional[float]:

@@ -47,7 +47,9 @@ class MemoryBackend(Backend):
                 if old is None or over or may_replace(result.state, old.state):
                     expires_s = result.expires_s
                     broker.set_item(
-                        broker.results, result.task_id, (result, None if expires_s is None else now + expires_s)
+                        broker.results,
+                        result.task_id,
+                        (result, None if expires_s is None else now + expires_s),
                     )
             broker.results_changed()
 
@@ -99,7 +101,11 @@ class MemoryBackend(Backend):
     def expire(self) -> int:
         now = self._wall()
         with self.broker as broker:
-            over = [task_id for task_id, (_, until) in broker.results.items() if until is not None and until <= now]
+            over = [
+                task_id
+                for task_id, (_, until) in broker.results.items()
+                if until is not None and until <= now
+            ]
             for task_id in over:
                 broker.set_item(broker.results, task_id, None)
         return len(over)

@@ -56,7 +56,15 @@ class SQLiteBackend(Backend):
             return
         now = self._wall()
         rows = [
-            (task_id, state, body, content_type, encoding, None if expires_s is None else now + expires_s, now)
+            (
+                task_id,
+                state,
+                body,
+                content_type,
+                encoding,
+                None if expires_s is None else now + expires_s,
+                now,
+            )
             for task_id, state, body, content_type, encoding, expires_s in results
         ]
         try:
@@ -128,7 +136,9 @@ class SQLiteBackend(Backend):
                     return
                 pause_s = min(pause_s, left_s)
             # Looking for many ids takes its time; two thirds of it at least are left to others.
-            time.sleep(max(pause_s, 2 * look_s) if timeout_s is None else min(max(pause_s, 2 * look_s), left_s))
+            time.sleep(
+                max(pause_s, 2 * look_s) if timeout_s is None else min(max(pause_s, 2 * look_s), left_s)
+            )
 
     def _version(self) -> Tuple[int, int]:
         try:

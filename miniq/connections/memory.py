@@ -65,7 +65,9 @@ class QueueSettings:
 
     __slots__ = ("auto_delete", "expires", "message_ttl", "used")
 
-    def __init__(self, auto_delete: bool, expires: Optional[float], message_ttl: Optional[float], used: float) -> None:
+    def __init__(
+        self, auto_delete: bool, expires: Optional[float], message_ttl: Optional[float], used: float
+    ) -> None:
         self.auto_delete = auto_delete
         self.expires = expires
         self.message_ttl = message_ttl
@@ -157,7 +159,9 @@ class MemoryBroker:
                     undo(*arguments)
                 self._clear()
                 if kind is None:
-                    raise OperationalError(f"memory://{self.name}: a part of the transaction had failed, all is undone")
+                    raise OperationalError(
+                        f"memory://{self.name}: a part of the transaction had failed, all is undone"
+                    )
         finally:
             self.lock.release()
 
@@ -205,7 +209,9 @@ class MemoryBroker:
 
     # -- rows
 
-    def add(self, queue: str, exchange: str, routing_key: str, message: Message, state: int, due: float) -> Row:
+    def add(
+        self, queue: str, exchange: str, routing_key: str, message: Message, state: int, due: float
+    ) -> Row:
         """Store a message (not copied) and note that the queue got one."""
         row = Row(self.new_id(), queue, exchange, routing_key, message, state, due)
         self.on_undo(self.rows.pop, row.id, None)
@@ -303,4 +309,6 @@ def broker_name(url: str) -> str:
 def refuse_options(url: str, options: Any) -> None:
     """Raise `ImproperlyConfigured` for any transport option: a broker in memory has none."""
     if options:
-        raise ImproperlyConfigured(f"{url!r}: unknown transport option {next(iter(options))!r}; memory:// has none")
+        raise ImproperlyConfigured(
+            f"{url!r}: unknown transport option {next(iter(options))!r}; memory:// has none"
+        )

@@ -30,7 +30,20 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+)
 
 from ..exceptions import ImproperlyConfigured, MiniqError, OperationalError
 from ..text import nearest
@@ -113,7 +126,7 @@ class Options(NamedTuple):
     synchronous: str = "FULL"
     worker_synchronous: str = "NORMAL"
     busy_timeout: float = 10.0
-    worker_busy_timeout: float = 0.05
+    worker_busy_timeout: float = 0.1
     cache_size_kib: int = 4096
 
     @classmethod
@@ -135,7 +148,9 @@ class Options(NamedTuple):
                     )
                 checked[name] = str(value).upper()
             elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-                raise ImproperlyConfigured(f"{url!r}: transport option {name} must be a number from 0, not {value!r}")
+                raise ImproperlyConfigured(
+                    f"{url!r}: transport option {name} must be a number from 0, not {value!r}"
+                )
             else:
                 checked[name] = type(default)(value)
         return cls(**checked)
@@ -183,10 +198,7 @@ class Transaction:
 
     def __enter__(self) -> "Database":
         database = self._database
-        if database.depth:
-            database.depth += 1
-        else:
-            database.begin(self._synchronous, self._timeout_s)
+        database.enter(self._synchronous, self._timeout_s)
         return database
 
     def __exit__(
@@ -195,7 +207,7 @@ class Transaction:
         error: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        self._database.end(kind is None)
+        self._database.leave(kind is None)
 
 
 class Database:
@@ -211,6 +223,8 @@ class Database:
         #: Whoever consumes through this handle; with one of them it is a worker's.
         self.participants: List[Participant] = []
         self._doomed = False
+        #: Synchronous level and timeout of an entered transaction until it takes the write lock.
+        self._wanted: Optional[Tuple[Optional[str], Optional[float]]] = None
         self._synchronous = ""
         #: (exchange, routing key) of what the open transaction added, and the ports of consumers
         #: that looked afterwards and need no wake-up.
@@ -269,7 +283,9 @@ class Database:
             raise ImproperlyConfigured(f"SQLite file {path!r} is a directory: name a file in it")
         folder = os.path.dirname(path)
         if not os.path.isdir(folder):
-            raise ImproperlyConfigured(f"SQLite file {path!r}: the folder {folder!r} does not exist, create it first")
+            raise ImproperlyConfigured(
+                f"SQLite file {path!r}: the folder {folder!r} does not exist, create it first"
+            )
         _warn_of_network_file_system(path)
         try:
             # Another thread may finalize a handle, hence check_same_thread; no other use is made of it.
@@ -293,7 +309,9 @@ class Database:
             self._check_ours(connection)
             (mode,) = execute("PRAGMA journal_mode=WAL").fetchone()
             if mode != "wal":
-                logger.warning("SQLite file %r: no write-ahead log here (%s), slower and more waiting", self.path, mode)
+                logger.warning(
+                    "SQLite file %r: no write-ahead log here (%s), slower and more waiting", self.path, mode
+                )
         if version != len(MIGRATIONS):
             self._migrate(connection)
         execute(f"PRAGMA cache_size=-{self.options.cache_size_kib}")
@@ -333,13 +351,26 @@ class Database:
 
     # -- transactions
 
-    def transaction(self, synchronous: Optional[str] = None, timeout_s: Optional[float] = None) -> Transaction:
+    def transaction(
+        self, synchronous: Optional[str] = None, timeout_s: Optional[float] = None
+    ) -> Transaction:
         """Return a context; `synchronous` and `timeout_s` (for the write lock) default by role."""
         return Transaction(self, synchronous, timeout_s)
 
-    def begin(self, synchronous: Optional[str], timeout_s: Optional[float]) -> None:
-        """Take the write lock; `OperationalError` when others hold it until `timeout_s` is over."""
-        options = self.options
+    def enter(self, synchronous: Optional[str], timeout_s: Optional[float]) -> None:
+        """Enter a transaction or join the open one."""
+        if not self.depth:
+            self._wanted = (synchronous, timeout_s)
+        self.depth += 1
+
+    def begin(self) -> None:
+        """Take the write lock, if the transaction has it not yet: the first statement that writes does.
+
+        Raises `OperationalError` when others hold it until the transaction's `timeout_s` is over.
+        """
+        if self._wanted is None:
+            return
+        (synchronous, timeout_s), options = self._wanted, self.options
         if synchronous is None:
             synchronous = options.worker_synchronous if self.participants else options.synchronous
         try:
@@ -353,10 +384,15 @@ class Database:
             if timeout_s is None:
                 timeout_s = self.patience_s
             self._retry(lambda: self.connection.execute("BEGIN IMMEDIATE"), timeout_s)
-        self.depth = 1
+        self._wanted = None
 
-    def end(self, success: bool) -> None:
-        """Leave the innermost `transaction`; the outermost one commits or undoes."""
+    @property
+    def is_writing(self) -> bool:
+        """Whether the write lock is held."""
+        return self.depth > 0 and self._wanted is None
+
+    def leave(self, success: bool) -> None:
+        """Leave the innermost transaction; the outermost one commits or undoes."""
         if self.depth > 1:
             self.depth -= 1
             self._doomed = self._doomed or not success
@@ -364,7 +400,12 @@ class Database:
         if self._doomed or not success:
             self._undo()
             if success:
-                raise OperationalError(f"SQLite file {self.path!r}: a part of the transaction had failed, all is undone")
+                raise OperationalError(
+                    f"SQLite file {self.path!r}: a part of the transaction had failed, all is undone"
+                )
+            return
+        if self._wanted is not None:
+            self.depth = 0
             return
         try:
             for participant in self.participants:
@@ -383,6 +424,7 @@ class Database:
     def _undo(self) -> None:
         self.depth = 0
         self._doomed = False
+        self._wanted = None
         self._added.clear()
         for participant in self.participants:
             participant.forget()
@@ -414,6 +456,8 @@ class Database:
 
     def write(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Run one statement inside the open transaction; return the number of rows it changed."""
+        if self._wanted is not None:
+            self.begin()
         try:
             return self.connection.execute(sql, parameters).rowcount
         except sqlite3.Error as error:
@@ -421,6 +465,8 @@ class Database:
 
     def write_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
         """Run one statement for each row inside the open transaction; return the rows changed."""
+        if self._wanted is not None:
+            self.begin()
         try:
             return self.connection.executemany(sql, rows).rowcount
         except sqlite3.Error as error:
@@ -453,9 +499,13 @@ class Database:
         text = str(error)
         file = f"SQLite file {self.path!r}"
         if "full" in text:
-            return OperationalError(f"{file}: the disk is full ({text}); nothing was stored, free space and try again")
+            return OperationalError(
+                f"{file}: the disk is full ({text}); nothing was stored, free space and try again"
+            )
         if "disk I/O" in text:
-            return OperationalError(f"{file}: {text}; nothing was stored, check the disk, its quota and that the file still exists")
+            return OperationalError(
+                f"{file}: {text}; nothing was stored, check the disk, its quota and that the file still exists"
+            )
         if "readonly" in text:
             return ImproperlyConfigured(f"{file} or its folder is read-only: let this user write to both")
         if "not a database" in text:
@@ -466,7 +516,9 @@ class Database:
                 " and save what is left with: sqlite3 FILE .recover"
             )
         if "unable to open" in text:
-            return ImproperlyConfigured(f"{file} cannot be opened: check that this user may read and write it and its folder")
+            return ImproperlyConfigured(
+                f"{file} cannot be opened: check that this user may read and write it and its folder"
+            )
         return OperationalError(f"{file}: {text}")
 
     # -- wake-ups
@@ -597,7 +649,9 @@ class OwnerLocks:
         with self._guard:
             self._open()
             if not _lock_byte(self._fd, owner):
-                raise OperationalError(f"{self._path!r}: byte {owner} is locked by another process, try again")
+                raise OperationalError(
+                    f"{self._path!r}: byte {owner} is locked by another process, try again"
+                )
             self._ids.add(owner)
 
     def drop(self, owner: int) -> None:
@@ -627,7 +681,9 @@ class OwnerLocks:
             try:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             except OSError as error:
-                raise ImproperlyConfigured(f"{self._path!r} cannot be opened for writing: {error.strerror}") from error
+                raise ImproperlyConfigured(
+                    f"{self._path!r} cannot be opened for writing: {error.strerror}"
+                ) from error
 
     def _close_unused(self) -> None:
         if not self._ids:
@@ -659,7 +715,9 @@ else:
         except OSError as error:
             if isinstance(error, (BlockingIOError, PermissionError)):
                 return False
-            raise OperationalError(f"this file system refuses locks: {error.strerror}; use a local disk") from error
+            raise OperationalError(
+                f"this file system refuses locks: {error.strerror}; use a local disk"
+            ) from error
         return True
 
     def _unlock_byte(fd: int, offset: int) -> None:

@@ -28,6 +28,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from typing import Any, Callable, Deque, Dict, List, Optional, Set
@@ -146,12 +147,22 @@ class PreforkPool(Pool):
     # -- the seam -----------------------------------------------------------------------------
 
     def start(self, loop: Loop, on_free: Callable[[], None]) -> None:
-        """Start the children; `on_free` is called as each of them is up."""
+        """Start the children; `on_free` is called as each of them is up.
+
+        Raises what `multiprocessing` does when none can be started: `OSError`, or for spawn an
+        error that the spec cannot be pickled or that the main module is not guarded.
+        """
         self._loop = loop
         self._on_free = on_free
         _guard_exits(self)
         self._check_timer = loop.call_later(CHECK_INTERVAL_S, self._check)
-        self._fill()
+        try:
+            for _ in range(self._size):
+                self._start_child()
+        except BaseException:
+            self._stopping = True
+            self._kill_all()
+            raise
 
     @property
     def free_slots(self) -> int:
@@ -386,7 +397,12 @@ class PreforkPool(Pool):
                 if self._fill_timer is None:
                     self._fill_timer = self._loop.call_at(self._not_before, self._fill_after_backoff)
                 return
-            self._start_child()
+            try:
+                self._start_child()
+            except Exception:  # named net: no memory, no process number; it is tried again, later each time
+                self._note_start_error("a pool process could not be created", traceback.format_exc())
+                self._count_quick_death()
+                return
 
     def _fill_after_backoff(self) -> None:
         self._fill_timer = None
@@ -413,12 +429,10 @@ class PreforkPool(Pool):
                 target=main, args=(theirs, their_lifeline, self._spec, measure_rss), name=name
             )
             child.process.start()
-        except Exception:  # named net: no process, no memory, a spec that cannot be pickled
-            logger.exception("process %s could not be started", name)
+        except BaseException:
             self._children.discard(child)
             child.close()
-            self._count_quick_death()
-            return
+            raise
         finally:
             theirs.close()
             their_lifeline.close()
@@ -448,10 +462,14 @@ class PreforkPool(Pool):
 
     def _on_failed(self, child: _Child, text: str) -> None:
         child.failed = True
+        self._note_start_error(f"Process {child.name!r} pid:{child.pid} cannot start", text)
+
+    def _note_start_error(self, what: str, text: str) -> None:
+        """Log why children cannot start, once for each reason."""
         if not self.start_error:
             self._failing_since = self._loop.mono()
         if text != self.start_error:
-            logger.error("pool process %s pid:%d cannot start:\n%s", child.name, child.pid, text)
+            logger.error("%s:\n%s", what, text)
         self.start_error = text
 
     def _count_quick_death(self) -> None:

@@ -54,10 +54,11 @@ class MemoryTransport(Transport):
         return self._broker
 
     def declare(self, queue: Queue) -> None:
-        known = self._declared.get(queue.name)
-        if (known is queue or known == queue) and queue.name in self.broker.queues:
-            return
-        self._declared[queue.name] = queue
+        if queue.expires is None and not queue.auto_delete:
+            known = self._declared.get(queue.name)
+            if (known is queue or known == queue) and queue.name in self.broker.queues:
+                return
+            self._declared[queue.name] = queue
         with self.broker as broker:
             settings = QueueSettings(queue.auto_delete, queue.expires, queue.message_ttl, self._wall())
             broker.set_item(broker.queues, queue.name, settings)
@@ -88,17 +89,23 @@ class MemoryTransport(Transport):
             if unroutable is None:
                 for queue, (message, exchange, routing_key) in copies:
                     due = due_at(message, now)
-                    broker.add(queue, exchange, routing_key, _copy(message), WAITING if due > now else READY, due)
+                    broker.add(
+                        queue, exchange, routing_key, _copy(message), WAITING if due > now else READY, due
+                    )
         if unroutable is not None:
             # Raised out here: nothing was written, so a transaction around this one can go on.
             raise ImproperlyConfigured(unroutable)
 
-    def _unroutable(self, bound: Iterable[Tuple[str, str, str]], exchange: str, routing_key: str) -> Optional[str]:
+    def _unroutable(
+        self, bound: Iterable[Tuple[str, str, str]], exchange: str, routing_key: str
+    ) -> Optional[str]:
         """Return what is wrong when a task reaches no queue; None where that is in order."""
         kinds = {kind for kind, _, _ in bound}
         if not kinds:
             logger.warning(
-                "memory://%s: nobody is bound to exchange %r, the task sent there is dropped", self._name, exchange
+                "memory://%s: nobody is bound to exchange %r, the task sent there is dropped",
+                self._name,
+                exchange,
             )
         if kinds & {"direct", "topic"}:
             return (
@@ -115,7 +122,9 @@ class MemoryTransport(Transport):
 
     def purge(self, queue: str) -> int:
         with self.broker as broker:
-            rows = [row for row in broker.rows.values() if row.queue == queue and row.state in (READY, WAITING)]
+            rows = [
+                row for row in broker.rows.values() if row.queue == queue and row.state in (READY, WAITING)
+            ]
             for row in rows:
                 broker.delete(row)
         return len(rows)
@@ -140,7 +149,10 @@ class MemoryTransport(Transport):
         with self.broker as broker:
             newest = sorted(broker.dead_letters, reverse=True)[:limit]
             found = [(id_, *broker.dead_letters[id_]) for id_ in newest]
-        return [DeadLetter(str(id_), queue, reason, at, _copy(row.message)) for id_, queue, reason, at, row in found]
+        return [
+            DeadLetter(str(id_), queue, reason, at, _copy(row.message))
+            for id_, queue, reason, at, row in found
+        ]
 
     def replay(self, dead_letter_id: str) -> bool:
         with self.broker as broker:
@@ -197,6 +209,8 @@ class MemoryConsumer(Consumer):
         self._signalled = False
         self._seen = -1
         self._closed = False
+        #: Where the jitter of pauses comes from.
+        self.random = broker.random
         self._owner = Owner(broker.new_id(), node, self._wake)
         with broker:
             broker.set_item(broker.owners, self._owner.id, self._owner)
@@ -252,7 +266,7 @@ class MemoryConsumer(Consumer):
                 broker.change(row, READY, lost_by=row.lost_by)
                 row = broker.first_waiting()
             while len(found) < limit:
-                row = broker.first_lost() or self._next()
+                row = (self._takes_lost() and broker.first_lost()) or self._next()
                 if row is None:
                     break
                 if row.lost_by is None and self._is_over(row, now):
@@ -260,6 +274,10 @@ class MemoryConsumer(Consumer):
                 else:
                     found.append(self._take(row, now))
         return found
+
+    def _takes_lost(self) -> bool:
+        """Say whether lost messages may go here: the mailbox of one worker must not swallow tasks."""
+        return any(not queue.auto_delete for queue in self._queues.values())
 
     def _is_over(self, row: Row, now: float) -> bool:
         ttl = self._queues[row.queue].message_ttl
@@ -277,7 +295,14 @@ class MemoryConsumer(Consumer):
         elif self._broker.revoked and self._broker.revoked.get(row.message.headers.get("id", ""), 0.0) > now:
             fate = "revoked"
         return Delivery(
-            _copy(row.message), row.id, row.queue, row.exchange, row.routing_key, row.deliveries, fate, row.lost_by or ""
+            _copy(row.message),
+            row.id,
+            row.queue,
+            row.exchange,
+            row.routing_key,
+            row.deliveries,
+            fate,
+            row.lost_by or "",
         )
 
     def start(self, deliveries: Sequence[Delivery]) -> None:
@@ -342,11 +367,17 @@ class MemoryConsumer(Consumer):
                 if owner is not self._owner:
                     count = self._recover(owner, now)
                     if count:
-                        logger.warning("worker %s is gone: %d messages of it are recovered", owner.node, count)
+                        logger.warning(
+                            "worker %s is gone: %d messages of it are recovered", owner.node, count
+                        )
             for task_id in [task_id for task_id, until in broker.revoked.items() if until <= now]:
                 broker.set_item(broker.revoked, task_id, None)
             for name, settings in list(broker.queues.items()):
-                if settings.expires is not None and settings.used + settings.expires <= now and not self._is_used(name):
+                if (
+                    settings.expires is not None
+                    and settings.used + settings.expires <= now
+                    and not self._is_used(name)
+                ):
                     self._delete_queue(name)
                 elif settings.message_ttl is not None:
                     row = broker.first_ready(name)
@@ -364,7 +395,7 @@ class MemoryConsumer(Consumer):
             elif row.state == RESERVED:
                 broker.change(row, READY)
             elif row.state == STARTED_LATE and (not limit or row.deliveries < limit):
-                pause_s = pause_after_loss_s(row.deliveries, broker.random.random())
+                pause_s = pause_after_loss_s(row.deliveries, self.random.random())
                 if pause_s:
                     broker.change(row, WAITING, now + pause_s)
                 else:
@@ -433,7 +464,11 @@ class MemoryConsumer(Consumer):
 def _copy(message: Message) -> Message:
     """Return a copy whose dicts nobody else changes."""
     return Message(
-        message.body, message.content_type, message.content_encoding, dict(message.headers), dict(message.properties)
+        message.body,
+        message.content_type,
+        message.content_encoding,
+        dict(message.headers),
+        dict(message.properties),
     )
 
 

@@ -47,6 +47,7 @@ PURGE_BATCH = 5000
 CLOSE_TIMEOUT_S = 2.0
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode = json.JSONDecoder().decode
 
 _INSERT = (
     "INSERT INTO messages(queue, state, priority, due, deliveries, task_id, exchange, routing_key, envelope, body)"
@@ -78,7 +79,9 @@ _START = "UPDATE messages SET state=?, deliveries=deliveries+1" + _OURS
 _DELETE = "DELETE FROM messages" + _OURS
 _REQUEUE = f"UPDATE messages SET state={READY}, owner=NULL, lost_by=NULL, due=?" + _OURS
 _DEFER = "UPDATE messages SET state=?, owner=NULL, due=?" + _OURS
-_RELEASE = f"UPDATE messages SET state=CASE WHEN lost_by IS NULL THEN {READY} ELSE {LOST} END, owner=NULL" + _OURS
+_RELEASE = (
+    f"UPDATE messages SET state=CASE WHEN lost_by IS NULL THEN {READY} ELSE {LOST} END, owner=NULL" + _OURS
+)
 _BURY = (
     "INSERT INTO dead_letters(queue, reason, at, priority, task_id, exchange, routing_key, envelope, body)"
     " SELECT queue, ?, ?, priority, task_id, exchange, routing_key, envelope, body FROM messages" + _OURS
@@ -139,7 +142,8 @@ class SQLiteTransport(Transport):
                 (queue.name, int(queue.auto_delete), queue.expires, queue.message_ttl, self._wall()),
             )
             db.write_many(
-                "INSERT OR REPLACE INTO bindings(exchange, type, routing_key, queue) VALUES(?, ?, ?, ?)", bindings
+                "INSERT OR REPLACE INTO bindings(exchange, type, routing_key, queue) VALUES(?, ?, ?, ?)",
+                bindings,
             )
 
     @staticmethod
@@ -168,12 +172,15 @@ class SQLiteTransport(Transport):
             routes[exchange, routing_key] = [routing_key]
         unroutable = None
         with db.transaction(self._options.synchronous, timeout_s):
+            db.begin()
             copied = False
             for exchange, routing_key in routes:
                 if exchange:
                     copied = True
                     found = self._queues_for(db, exchange, routing_key)
-                    if not found and any("task" in p.message.headers and p.exchange == exchange for p in publications):
+                    if not found and any(
+                        "task" in p.message.headers and p.exchange == exchange for p in publications
+                    ):
                         unroutable = self._unroutable(db, exchange, routing_key) or unroutable
                     routes[exchange, routing_key] = found
             if unroutable is None:
@@ -196,7 +203,9 @@ class SQLiteTransport(Transport):
         kinds = {row[0] for row in db.read("SELECT type FROM bindings WHERE exchange=? LIMIT 1", (exchange,))}
         if not kinds:
             logger.warning(
-                "SQLite file %r: nobody is bound to exchange %r, the task sent there is dropped", self._path, exchange
+                "SQLite file %r: nobody is bound to exchange %r, the task sent there is dropped",
+                self._path,
+                exchange,
             )
         if kinds & {"direct", "topic"}:
             return (
@@ -231,11 +240,22 @@ class SQLiteTransport(Transport):
 
     def sizes(self) -> List[QueueSize]:
         db = self._database()
-        counts: Dict[str, List[Any]] = {name: [0, 0, 0, None] for (name,) in db.read("SELECT name FROM queues")}
+        counts: Dict[str, List[Any]] = {
+            name: [0, 0, 0, None] for (name,) in db.read("SELECT name FROM queues")
+        }
         found = [
-            (0, f"SELECT queue, count(*), min(due) FROM messages INDEXED BY ready WHERE state={READY} GROUP BY queue"),
-            (1, f"SELECT queue, count(*), 0 FROM messages INDEXED BY waiting WHERE state={WAITING} GROUP BY queue"),
-            (2, "SELECT queue, count(*), 0 FROM messages INDEXED BY held WHERE owner IS NOT NULL GROUP BY queue"),
+            (
+                0,
+                f"SELECT queue, count(*), min(due) FROM messages INDEXED BY ready WHERE state={READY} GROUP BY queue",
+            ),
+            (
+                1,
+                f"SELECT queue, count(*), 0 FROM messages INDEXED BY waiting WHERE state={WAITING} GROUP BY queue",
+            ),
+            (
+                2,
+                "SELECT queue, count(*), 0 FROM messages INDEXED BY held WHERE owner IS NOT NULL GROUP BY queue",
+            ),
             (2, f"SELECT queue, count(*), 0 FROM messages INDEXED BY lost WHERE state={LOST} GROUP BY queue"),
         ]
         now = self._wall()
@@ -270,9 +290,20 @@ class SQLiteTransport(Transport):
     def replay(self, dead_letter_id: str) -> bool:
         db = self._database()
         with db.transaction(self._options.synchronous):
+            db.begin()
             rows = db.read(f"SELECT {_DEAD} FROM dead_letters WHERE id=?", (dead_letter_id,))
             for queue, priority, task_id, exchange, routing_key, envelope, body in rows:
-                values = (queue, READY, priority, self._wall(), task_id, exchange, routing_key, envelope, body)
+                values = (
+                    queue,
+                    READY,
+                    priority,
+                    self._wall(),
+                    task_id,
+                    exchange,
+                    routing_key,
+                    envelope,
+                    body,
+                )
                 db.write(_INSERT, values)
                 db.write("DELETE FROM dead_letters WHERE id=?", (dead_letter_id,))
                 db.added("", queue)
@@ -296,6 +327,8 @@ class SQLiteConsumer(Consumer, Participant):
     """A worker's share of a SQLite file."""
 
     poll_interval_s = 0.05
+    #: Where the jitter of pauses comes from.
+    random = random.Random()
 
     def __init__(
         self,
@@ -316,8 +349,8 @@ class SQLiteConsumer(Consumer, Participant):
         self._seen: Optional[Tuple[int, int]] = None
         self._any_lost = False
         self._closed = False
-        self._random = random.Random()
-        self._port, self._socket = 0, self._bind()
+        self._port = 0
+        self._socket = self._bind()
         self._owner = self._register()
         db.participants.append(self)
         transport._consumers.append(self)
@@ -331,23 +364,25 @@ class SQLiteConsumer(Consumer, Participant):
             raise
 
     def _bind(self) -> Optional[socket.socket]:
+        bound: Optional[socket.socket] = None
         try:
             bound = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        except OSError:
-            bound = None
-        else:
-            try:
-                bound.setblocking(False)
-                # One datagram is as good as many.
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                bound.bind(("127.0.0.1", 0))
-                self._port = bound.getsockname()[1]
-                return bound
-            except OSError:
+            bound.setblocking(False)
+            # One datagram is as good as many.
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            bound.bind(("127.0.0.1", 0))
+            self._port = bound.getsockname()[1]
+            return bound
+        except OSError as error:
+            if bound is not None:
                 bound.close()
-        self.poll_interval_s = 0.005
-        logger.warning("SQLite file %r: no loopback socket to be woken by, looking every 5 ms instead", self._db.path)
-        return None
+            self.poll_interval_s = 0.005
+            logger.warning(
+                "SQLite file %r: no socket to be woken by (%s), looking every 5 ms instead",
+                self._db.path,
+                error,
+            )
+            return None
 
     def _register(self) -> int:
         db = self._db
@@ -404,16 +439,21 @@ class SQLiteConsumer(Consumer, Participant):
         if limit <= 0:
             return []
         db = self._db
-        if db.depth:
-            return self._claim(limit, self._wall())
         now = self._wall()
         # Nothing to do is the common case, and then nobody's write lock is in the way.
-        if not (
-            self._any_lost or db.read(_ANY_DUE, (now,)) or any(db.read(_ANY_READY, (name,)) for name in self._queues)
-        ):
+        if not db.is_writing and not self._sees_something(now):
             return []
         with db.transaction():
+            db.begin()
             return self._claim(limit, now)
+
+    def _sees_something(self, now: float) -> bool:
+        read = self._db.read
+        return bool(
+            self._any_lost
+            or read(_ANY_DUE, (now,))
+            or any(read(_ANY_READY, (name,)) for name in self._queues)
+        )
 
     def _claim(self, limit: int, now: float) -> List[Delivery]:
         db = self._db
@@ -443,6 +483,10 @@ class SQLiteConsumer(Consumer, Participant):
         db.has_looked(self._port)
         return found
 
+    def _takes_lost(self) -> bool:
+        """Say whether lost messages may go here: the mailbox of one worker must not swallow tasks."""
+        return any(not queue.auto_delete for queue in self._queues.values())
+
     def _take(self, rows: List[Any], now: float, found: List[Delivery]) -> bool:
         """Turn rows into deliveries; say whether some were dropped as past their time to live."""
         limit = self.delivery_limit
@@ -461,7 +505,9 @@ class SQLiteConsumer(Consumer, Participant):
                 fate = "lost"
             else:
                 fate = "revoked" if revoked else None
-            delivery = Delivery(message, (id_, due), queue, exchange or "", routing_key or "", deliveries, fate, lost_by or "")
+            delivery = Delivery(
+                message, (id_, due), queue, exchange or "", routing_key or "", deliveries, fate, lost_by or ""
+            )
             self._claimed[id_] = delivery
             found.append(delivery)
         if dropped:
@@ -477,7 +523,7 @@ class SQLiteConsumer(Consumer, Participant):
 
     def forget(self) -> None:
         self._claimed.clear()
-        self._any_lost = True  # perhaps; the next poll looks
+        self._any_lost = self._takes_lost()  # perhaps; the next poll looks
 
     def start(self, deliveries: Sequence[Delivery]) -> None:
         db, owner, claimed = self._db, self._owner, self._claimed
@@ -519,18 +565,23 @@ class SQLiteConsumer(Consumer, Participant):
         with self._db.transaction():
             for delivery in deliveries:
                 self._give_back(_RELEASE, (), delivery)
+                self._any_lost = self._any_lost or delivery.fate == "lost"
 
     def defer(self, delivery: Delivery, until: float) -> bool:
         return self._give_back(_DEFER, (WAITING if until > self._wall() else READY, until), delivery)
 
     def _give_back(self, sql: str, values: Tuple[Any, ...], delivery: Delivery) -> bool:
-        with self._db.transaction():
-            self._db.added("", delivery.queue)
+        db = self._db
+        with db.transaction():
+            db.added("", delivery.queue)
+            db.has_looked(self._port)
             return self._settle(sql, values, delivery)
 
     def dead_letter(self, delivery: Delivery, reason: str) -> bool:
         with self._db.transaction():
-            return self._settle(_BURY, (reason, self._wall()), delivery) and self._settle(_DELETE, (), delivery)
+            return self._settle(_BURY, (reason, self._wall()), delivery) and self._settle(
+                _DELETE, (), delivery
+            )
 
     # -- upkeep
 
@@ -542,7 +593,7 @@ class SQLiteConsumer(Consumer, Participant):
                 count = self._recover(owner, node, now)
                 if count:
                     logger.warning("worker %s is gone: %d messages of it are recovered", node, count)
-        if not self._any_lost:
+        if not self._any_lost and self._takes_lost():
             self._any_lost = bool(db.read(_ANY_LOST))
         if db.read("SELECT 1 FROM revoked WHERE until<=? LIMIT 1", (now,)):
             with db.transaction():
@@ -560,10 +611,12 @@ class SQLiteConsumer(Consumer, Participant):
         db = self._db
         limit = self.delivery_limit
         with db.transaction(timeout_s=timeout_s):
+            db.begin()
             if not db.read("SELECT 1 FROM owners WHERE id=?", (owner,)):
                 return 0  # somebody else was faster
             rows = db.read(
-                "SELECT id, state, deliveries, due, lost_by, queue FROM messages INDEXED BY held WHERE owner=?", (owner,)
+                "SELECT id, state, deliveries, due, lost_by, queue FROM messages INDEXED BY held WHERE owner=?",
+                (owner,),
             )
             changes = []
             for id_, state, deliveries, due, lost_by, queue in rows:
@@ -575,7 +628,9 @@ class SQLiteConsumer(Consumer, Participant):
                 elif not may_run_again:
                     state, lost_by = LOST, node
                 else:
-                    pause_s = 0.0 if state == RESERVED else pause_after_loss_s(deliveries, self._random.random())
+                    pause_s = (
+                        0.0 if state == RESERVED else pause_after_loss_s(deliveries, self.random.random())
+                    )
                     if pause_s:
                         state, due = WAITING, now + pause_s
                     else:
@@ -614,6 +669,7 @@ class SQLiteConsumer(Consumer, Participant):
         )
         if db.read(sql, (now,)):
             with db.transaction():
+                db.begin()
                 for (queue,) in db.read(sql, (now,)):
                     self._delete_queue(queue)
 
@@ -626,6 +682,7 @@ class SQLiteConsumer(Consumer, Participant):
         )
         if db.read(sql, (queue, due)):
             with db.transaction():
+                db.begin()
                 db.write_many("DELETE FROM messages WHERE id=?", db.read(sql, (queue, due)))
 
     # -- queues
@@ -635,7 +692,9 @@ class SQLiteConsumer(Consumer, Participant):
         with db.transaction():
             self._transport.declare(queue)
             if queue.auto_delete or queue.expires is not None:
-                db.write("INSERT OR IGNORE INTO consumers(owner, queue) VALUES(?, ?)", (self._owner, queue.name))
+                db.write(
+                    "INSERT OR IGNORE INTO consumers(owner, queue) VALUES(?, ?)", (self._owner, queue.name)
+                )
             self._publish_queues({*self._queues, queue.name})
         self._queues[queue.name] = queue
         self._seen = None
@@ -668,7 +727,9 @@ class SQLiteConsumer(Consumer, Participant):
         try:
             self._recover(self._owner, self.node, self._wall(), CLOSE_TIMEOUT_S)
         except OperationalError as error:
-            logger.warning("worker %s could not give its messages back, others will find them: %s", self.node, error)
+            logger.warning(
+                "worker %s could not give its messages back, others will find them: %s", self.node, error
+            )
         finally:
             db.participants.remove(self)
             self._locks.drop(self._owner)
@@ -681,7 +742,7 @@ def _place(row: Any) -> Tuple[int, float, int]:
 def _message(envelope: Optional[bytes], body: Optional[bytes]) -> Tuple[Message, bool]:
     """Return the message of a row and whether it is one; else its body is all there is to see."""
     try:
-        found = json.loads(envelope or b"")
+        found = _decode(str(envelope or b"", "utf-8"))
         if (
             type(found) is dict
             and type(found.get("headers")) is dict

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""What every result store must do.  A new store is one subclass of `BackendSuite` with one method."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from typing import Any, Callable, Iterator, List, Optional
+
+import pytest
+from transport_suite import Clock
+
+from miniq import states
+from miniq.backends.base import Backend, StoredResult, backend_class
+
+
+def result(
+    task_id: str, state: str = "SUCCESS", body: bytes = b"{}", expires_s: Optional[float] = None
+) -> StoredResult:
+    return StoredResult(task_id, state, body, "application/json", "utf-8", expires_s)
+
+
+class BackendSuite:
+    """The suite; `url` names an empty store."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    def open_backend(self, url: str, clock: Clock) -> Iterator[Callable[[], Backend]]:
+        opened: List[Backend] = []
+
+        def new() -> Backend:
+            backend = backend_class(url)(url, {}, clock)
+            opened.append(backend)
+            return backend
+
+        yield new
+        for backend in opened:
+            backend.close()
+
+    @pytest.fixture
+    def backend(self, open_backend: Callable[[], Backend]) -> Backend:
+        return open_backend()
+
+    def in_thread(
+        self, open_backend: Callable[[], Backend], *batches: List[StoredResult]
+    ) -> threading.Thread:
+        """Store batches from another thread, each some milliseconds after the other."""
+
+        def run() -> None:
+            backend = open_backend()
+            for batch in batches:
+                time.sleep(0.01)
+                backend.store(batch)
+            backend.close()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def test_result_comes_back_as_it_was_stored(self, backend: Backend) -> None:
+        first, second = result("a", "SUCCESS", b"\x00\xff", 60.0), result("b", "PROGRESS", b"")
+        backend.store([first, second])
+        assert backend.fetch(["a", "b", "unknown"]) == {"a": first, "b": second}
+        assert backend.fetch([]) == {}
+        backend.store([])
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        list(itertools.product(sorted(states.ALL_STATES - {"PENDING"}) + ["PROGRESS"], repeat=2)),
+    )
+    def test_state_is_replaced_only_where_it_may_be(self, backend: Backend, old: str, new: str) -> None:
+        backend.store([result("a", old, b"old")])
+        backend.store([result("a", new, b"new")])
+        kept = backend.fetch(["a"])["a"]
+        assert kept.state == (new if states.may_replace(new, old) else old)
+        assert kept.body == (b"new" if states.may_replace(new, old) else b"old")
+
+    def test_many_results_are_fetched_at_once(self, backend: Backend) -> None:
+        names = [f"task {n}" for n in range(2500)]
+        backend.store([result(name) for name in names])
+        assert list(backend.fetch(names)) != []
+        assert set(backend.fetch(names)) == set(names)
+        assert len(list(backend.wait(names, 0))) == 2500
+
+    def test_forgotten_result_is_unknown(self, backend: Backend) -> None:
+        backend.store([result("a"), result("b")])
+        backend.forget(["a", "unknown"])
+        assert list(backend.fetch(["a", "b"])) == ["b"]
+
+    def test_expired_result_is_unknown_and_removed(self, backend: Backend, clock: Clock) -> None:
+        backend.store([result(str(n), expires_s=10.0) for n in range(2100)] + [result("kept")])
+        assert backend.expire() == 0
+        clock.now += 10
+        assert set(backend.fetch(["1", "kept"])) == {"kept"}
+        backend.store([result("1", "STARTED", b"again", 10.0)])
+        assert backend.fetch(["1"])["1"].state == "STARTED"
+        assert backend.expire() == 2099
+        assert backend.expire() == 0
+        assert set(backend.fetch(["0", "1", "kept"])) == {"1", "kept"}
+
+    def test_what_is_left_of_its_time_is_told(self, backend: Backend, clock: Clock) -> None:
+        backend.store([result("a", expires_s=10.0)])
+        clock.now += 4
+        assert backend.fetch(["a"])["a"].expires_s == 6.0
+
+    # -- waiting
+
+    def test_wait_looks_once_with_timeout_zero(self, backend: Backend) -> None:
+        backend.store([result("a"), result("b", "STARTED")])
+        assert [found.task_id for found in backend.wait(["a", "b", "c"], 0)] == ["a"]
+
+    def test_wait_ends_at_its_timeout(self, backend: Backend) -> None:
+        before = time.monotonic()
+        assert list(backend.wait(["a"], 0.05)) == []
+        assert time.monotonic() - before >= 0.05
+
+    def test_wait_yields_in_the_order_of_the_ends(self, backend: Backend, open_backend: Any) -> None:
+        thread = self.in_thread(
+            open_backend, [result("b")], [result("x"), result("c", "FAILURE")], [result("a")]
+        )
+        found = [stored.task_id for stored in backend.wait(["a", "b", "c"], 20.0)]
+        thread.join()
+        assert found == ["b", "c", "a"]
+
+    def test_wait_yields_changes_on_request(self, backend: Backend, open_backend: Any) -> None:
+        backend.store([result("a", "STARTED")])
+        waiting = backend.wait(["a"], 20.0, unready=True)
+        assert next(waiting).state == "STARTED"
+        for state in ("PROGRESS", "SUCCESS"):
+            thread = self.in_thread(open_backend, [result("a", state)])
+            assert next(waiting).state == state
+            thread.join()
+        assert list(waiting) == []
+
+    def test_wait_that_is_left_leaves_nothing_behind(self, backend: Backend, open_backend: Any) -> None:
+        backend.store([result("a")])
+        waiting = backend.wait(["a", "b"], None)
+        assert next(waiting).task_id == "a"
+        del waiting
+        thread = self.in_thread(open_backend, [result("b")])
+        thread.join()
+        assert set(backend.fetch(["b"])) == {"b"}

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures for all tests, and the check at the end that nothing was left behind."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, Optional
+
+import pytest
+from workers import TELL_READY, Program, WorkerProcess, children_of, environment
+
+from miniq import MiniQ, _state
+
+#: Processes that multiprocessing itself keeps until the interpreter ends.
+KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail at the end of the run if a child process or a thread of it still lives."""
+    yield
+    threads = [
+        thread
+        for thread in threading.enumerate()
+        if thread is not threading.main_thread() and (not thread.daemon or thread.name.startswith("miniq"))
+    ]
+    assert not threads, f"threads left behind: {threads}"
+    children = [
+        child for child in children_of(os.getpid()) if not any(kept in child.command for kept in KEPT_BY_PYTHON)
+    ]
+    assert not children, f"processes left behind: {children}"
+
+
+@pytest.fixture(autouse=True)
+def no_current_app() -> Iterator[None]:
+    """Begin and end every test without a current app, a running task, or new shared tasks."""
+    shared = list(_state._shared)
+    _forget_apps()
+    yield
+    _forget_apps()
+    _state._shared[:] = shared
+
+
+def _forget_apps() -> None:
+    _state._local.__dict__.clear()
+    _state.set_default_app(None)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of a SQLite file of this test."""
+    return f"sqlite:///{tmp_path}/queue.db"
+
+
+@pytest.fixture
+def make_app(sqlite_url: str) -> Iterator[Callable[..., MiniQ]]:
+    """Make apps: ``make_app(main="tests", **settings)``; the broker is `sqlite_url` unless given."""
+    made: List[MiniQ] = []
+
+    def make(main: Optional[str] = "tests", **settings: Any) -> MiniQ:
+        if not {"broker", "broker_url"} & set(settings):
+            settings["broker"] = sqlite_url
+        app = MiniQ(main, **settings)
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        app.close()
+
+
+@pytest.fixture
+def worker_process(tmp_path: Path, sqlite_url: str) -> Iterator[Callable[..., WorkerProcess]]:
+    """Start workers as real processes: ``worker_process(source, *args, loglevel="INFO")``.
+
+    `source` is the text of the module with the app (and may be indented); where it configures no
+    broker, that is `sqlite_url`.  It is written to tmp_path as `module` (default ``proj``); None
+    uses the module of that name which is there already.  Returns when the worker takes messages,
+    unless `wait` is False.  What still runs at the end of the test is stopped; a worker that does
+    not stop, or leaves processes behind, fails the test.
+    """
+    started: List[WorkerProcess] = []
+
+    def start(
+        source: Optional[str],
+        *args: str,
+        loglevel: str = "INFO",
+        module: str = "proj",
+        wait: bool = True,
+        env: Optional["dict[str, str]"] = None,
+    ) -> WorkerProcess:
+        if source is not None:
+            text = textwrap.dedent(source).rstrip() + TELL_READY
+            (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
+        variables = environment(tmp_path, MINIQ_BROKER_URL=sqlite_url, **(env or {}))
+        name = f"worker{len(started) + 1}"
+        worker = WorkerProcess(module, args, tmp_path, name, loglevel, variables)
+        started.append(worker)
+        if wait:
+            worker.wait_ready()
+        return worker
+
+    yield start
+    _end(started)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """Start any command as a process: ``program([sys.executable, ...], folder, env)``."""
+    started: List[Program] = []
+
+    def start(
+        command: List[str], folder: Optional[Path] = None, env: Optional["dict[str, str]"] = None
+    ) -> Program:
+        one = Program(command, folder or tmp_path, f"program{len(started) + 1}", env)
+        started.append(one)
+        return one
+
+    yield start
+    _end(started)
+
+
+def _end(started: "List[Any]") -> None:
+    complaints: List[str] = []
+    for one in started:
+        complaints += one.clean_up()
+        # Shown by pytest when the test failed.
+        print(f"--- {one}, exit code {one.exitcode}:\n{one.log}")
+    assert not complaints, complaints
