@@ -156,6 +156,7 @@ def drain_with_children(path: str, n: int, children: int, results: bool) -> floa
     rate = n / (time.perf_counter() - start)
     for process, link in processes:
         link.close()
+        process.terminate()  # a sibling holds a copy of its link, so it would never see the end of it
         process.join()
     return rate
 
