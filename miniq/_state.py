@@ -33,28 +33,40 @@ class AppLike(Protocol):
 
 
 class Frame:
-    """A task that is running here and its request; `below` is the one that called it."""
+    """A task that is running here and its request; `below` is the one that called it.
 
-    __slots__ = ("task", "request", "below")
+    `entered` is False until the task's body begins: a task with its own ``__call__`` gets there
+    through ``super().__call__``, which then must not make another frame.
+    """
 
-    def __init__(self, task: Any, request: Any, below: "Optional[Frame]") -> None:
+    __slots__ = ("task", "request", "below", "entered")
+
+    def __init__(self, task: Any, request: Any, below: "Optional[Frame]", entered: bool) -> None:
         self.task = task
         self.request = request
         self.below = below
+        self.entered = entered
 
 
 _frame: "ContextVar[Optional[Frame]]" = ContextVar("miniq_frame", default=None)
 _join_allowed: "ContextVar[bool]" = ContextVar("miniq_join_allowed", default=False)
 
 
-def push_frame(task: TaskLike, request: RequestLike) -> "Token[Optional[Frame]]":
+def push_frame(task: TaskLike, request: RequestLike, entered: bool = True) -> "Token[Optional[Frame]]":
     """Make `task` the current one; give the token to `pop_frame`."""
-    return _frame.set(Frame(task, request, _frame.get()))
+    return _frame.set(Frame(task, request, _frame.get(), entered))
 
 
 def pop_frame(token: "Token[Optional[Frame]]") -> None:
     """Make the task current again that was before."""
     _frame.reset(token)
+
+
+def drop_frame() -> None:
+    """Make the task below the current one, where there is no token."""
+    frame = _frame.get()
+    if frame is not None:
+        _frame.set(frame.below)
 
 
 def current_frame() -> Optional[Frame]:
@@ -128,6 +140,8 @@ def allow_join_result() -> Iterator[None]:
 
 _local = threading.local()
 _default_app: Any = None
+#: True once somebody chose the default: apps made later do not take its place.
+_default_chosen = False
 _apps: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _shared: "List[Callable[[Any], Any]]" = []
 _make_default: Optional[Callable[[], Any]] = None
@@ -141,17 +155,18 @@ def register_app(app: AppLike) -> None:
 
 
 def set_current_app(app: AppLike) -> None:
-    """Make `app` the current one of this thread, and the default if there is none."""
+    """Make `app` the current one of this thread, and of the threads that have none of their own."""
     global _default_app
     _local.app = app
-    if _default_app is None:
+    if not _default_chosen:
         _default_app = app
 
 
 def set_default_app(app: Optional[AppLike]) -> None:
-    """Make `app` the one that threads without a current app use."""
-    global _default_app
+    """Make `app` the one of threads without a current app, whatever is made later; None = undo that."""
+    global _default_app, _default_chosen
     _default_app = app
+    _default_chosen = app is not None
 
 
 def on_missing_app(make: Callable[[], Any]) -> None:
@@ -161,13 +176,15 @@ def on_missing_app(make: Callable[[], Any]) -> None:
 
 
 def current_app() -> Any:
-    """Return the current app; makes a default one where none was ever made."""
-    app = getattr(_local, "app", None) or _default_app
+    """Return the running task's app, else the current one; makes one where none was ever made."""
+    global _default_app
+    frame = _frame.get()
+    app = getattr(frame.task, "app", None) if frame is not None else None
+    app = app or getattr(_local, "app", None) or _default_app
     if app is None:
         if _make_default is None:
             raise RuntimeError("no app exists: make one with miniq.MiniQ(...)")
-        app = _make_default()
-        set_default_app(app)
+        app = _default_app = _make_default()
     return app
 
 
@@ -181,3 +198,23 @@ def add_shared(make: Callable[[Any], Any]) -> None:
     _shared.append(make)
     for app in apps():
         make(app)
+
+
+# -- what Celery has and this version has not ------------------------------------------------------
+
+_NOT_BUILT = frozenset(
+    """
+    GroupResult ResultSet Beat WorkController add_periodic_task setup_security events event_dispatcher amqp
+    log loader pool connection connection_for_read connection_for_write producer_or_acquire producer_pool
+    bugreport config_from_cmdline on_after_fork fixups steps
+    map starmap chunks replace add_to_chord send_event on_replace delay_on_commit apply_async_on_commit
+    inspect ping election heartbeat enable_events disable_events autoscale pool_restart
+    revoke_by_stamped_headers stamp skew freeze build_graph graph
+    """.split()
+)
+
+
+def missing(owner: str, name: str) -> AttributeError:
+    """Return the error for an attribute that is not there; says so where Celery has it."""
+    reason = ": Celery has it, this version of miniq does not" if name in _NOT_BUILT else ""
+    return AttributeError(f"{owner} has no attribute {name!r}{reason}")

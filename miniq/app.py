@@ -9,11 +9,11 @@ broker and the result backend.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 import time
 import warnings
+from types import FunctionType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -29,39 +29,46 @@ from typing import (
     Union,
 )
 
-from . import _state, signals, states
-from .backends.base import Backend, StoredResult, backend_class
+from . import _state, signals
+from .backends.base import Backend, backend_class
 from .canvas import Signature, signature
 from .conf import Settings
-from .log import get_logger
 from .control import Control
 from .exceptions import (
-    AlreadyRegistered,
     AlwaysEagerIgnored,
     DuplicateTaskNameWarning,
     ImproperlyConfigured,
     NotRegistered,
-    Retry,
 )
-from .producer import TASK_OPTIONS, Prepared, Producer, check_options, new_task_id
-from .result import AsyncResult, EagerResult
+from .producer import Producer, new_task_id
+from .result import AsyncResult
 from .routing import Router
 from .serialization import dumps, loads, prepare_accept
 from .signals import Signal
-from .task import DECORATOR_OPTIONS, Context, argument_checker
+from .task import DECORATOR_OPTIONS, REFUSED_OPTIONS, Parameters, check_task
 from .task import Task as BaseTask
-from .text import gen_task_name, import_object, nearest
+from .text import gen_task_name, host_name, import_module, import_object, is_missing, nearest
 from .times import zone
-from .trace import Execution, TaskRunner
+from .trace import EagerRunner, TaskRunner
 from .transports.base import Publication
 
 if TYPE_CHECKING:
-    from datetime import tzinfo
+    from datetime import datetime, tzinfo
+    from typing import Coroutine, TypeVar, overload
 
-logger = get_logger(__name__)
+    from typing_extensions import Concatenate, Literal, ParamSpec
+
+    from .task import TypedTask
+
+    P = ParamSpec("P")
+    R = TypeVar("R")
 
 #: Where messages and results go when nothing is configured.
 DEFAULT_URL = "sqlite:///miniq.db"
+#: Arguments of Celery's app which plug in parts that miniq does not have.
+REFUSED_ARGUMENTS = frozenset({"loader", "amqp", "events", "log", "control", "tasks", "fixups"})
+#: How like a known task option another one must be to be taken for a misspelling (difflib's ratio).
+MISSPELLING = 0.78
 #: Parts of upper floors that an app hands out: name -> "module:object", imported when asked for.
 ENTRANCES = {
     "worker": ".worker.worker:Worker",
@@ -70,7 +77,7 @@ ENTRANCES = {
 
 
 class TaskRegistry(Dict[str, BaseTask]):
-    """BaseTask name -> task."""
+    """The tasks of an app, by name."""
 
     def __missing__(self, name: str) -> BaseTask:
         raise NotRegistered(name)
@@ -102,16 +109,22 @@ class MiniQ:
         main: Optional[str] = None,
         broker: Union[str, Sequence[str], None] = None,
         backend: Optional[str] = None,
-        include: Sequence[str] = (),
+        include: Union[str, Sequence[str]] = (),
         task_cls: Union[str, Type[BaseTask], None] = None,
         set_as_current: bool = True,
         config_source: Any = None,
         namespace: Optional[str] = None,
         strict_typing: bool = True,
         changes: Optional[Mapping[str, Any]] = None,
+        autofinalize: bool = True,
         wall: Callable[[], float] = time.time,
         **settings: Any,
     ) -> None:
+        for name in REFUSED_ARGUMENTS & settings.keys():
+            if settings.pop(name):
+                raise ImproperlyConfigured(
+                    f"argument {name}: this version of miniq has nothing to plug it into"
+                )
         self.main = main
         self.strict_typing = strict_typing
         #: Epoch seconds; an argument so that tests can turn the hands.
@@ -130,7 +143,8 @@ class MiniQ:
         self._cache: Dict[str, Any] = {}
         self._backends = threading.local()
         self._lock = threading.RLock()
-        self._autodiscover: List[Tuple[Any, Optional[str], bool]] = []
+        self._annotations: Any = None
+        self._autodiscover: List[Tuple[Any, Optional[str]]] = []
         if task_cls is not None:
             self.Task = import_object(task_cls) if isinstance(task_cls, str) else task_cls
         self.conf.on_change = self._settings_changed
@@ -140,7 +154,7 @@ class MiniQ:
         given = {
             "broker_url": broker,
             "result_backend": backend,
-            "include": tuple(include) or None,
+            "include": include or None,
             **settings,
         }
         self.conf.update({key: value for key, value in given.items() if value is not None})
@@ -150,6 +164,40 @@ class MiniQ:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.main or '__main__'}>"
+
+    def __reduce__(self) -> Union[str, Tuple[Any, ...]]:
+        # As the module's global that it is; nothing in the pickle names this package.
+        module, _, attribute = self.import_path.partition(":")
+        self.__dict__["__module__"] = module
+        return attribute
+
+    def __copy__(self) -> "MiniQ":
+        return self
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "MiniQ":
+        return self
+
+    if not TYPE_CHECKING:  # a checker knows what there is
+
+        def __getattr__(self, name: str) -> Any:
+            raise _state.missing("the app", name)
+
+    @property
+    def import_path(self) -> str:
+        """The ``module:name`` under which another process can import this app.
+
+        Raises `ImproperlyConfigured` when it is at no module's top level.
+        """
+        first = ["__main__", *sorted({task.__module__ for task in self.tasks.values()})]
+        for name in dict.fromkeys([*first, *sys.modules]):
+            if name.startswith(f"{__package__}."):
+                continue  # what is current or default here is not so in another process
+            for attribute, value in list(getattr(sys.modules.get(name), "__dict__", {}).items()):
+                if value is self:
+                    return f"{name}:{attribute}"
+        raise ImproperlyConfigured(
+            f"{self!r} is at the top level of no module, so another process cannot import it; put it there"
+        )
 
     def __enter__(self) -> "MiniQ":
         return self
@@ -172,13 +220,14 @@ class MiniQ:
         """Read settings from a module, its name, an object or a dict.
 
         With `namespace` only names with that prefix count (``CELERY_TASK_SERIALIZER`` for
-        ``"CELERY"``).  Both Celery's new and old names are understood.
+        ``"CELERY"``).  Both Celery's new and old names are understood.  `silent` passes over a
+        module that does not exist, never over an error inside one.
         """
         if isinstance(obj, str):
             try:
                 obj = import_object(obj)
-            except ImportError:
-                if silent:
+            except ImportError as error:
+                if silent and _is_own_error(error):
                     return
                 raise
         self.conf.from_object(obj, namespace=namespace)
@@ -202,9 +251,10 @@ class MiniQ:
     def _settings_changed(self) -> None:
         self._cache.clear()
         annotations = self.conf.task_annotations
-        if annotations:
+        if annotations is not self._annotations:
+            self._annotations = annotations
             for task in self.tasks.values():
-                _annotate(task, annotations)
+                self._annotate(task)
 
     def _cached(self, key: str, make: Callable[[], Any]) -> Any:
         try:
@@ -234,11 +284,6 @@ class MiniQ:
         return self._cached("result_accept", make)
 
     @property
-    def result_expires_s(self) -> Optional[float]:
-        """Seconds a result is kept, None = for ever."""
-        return self.conf.result_expires or None
-
-    @property
     def router(self) -> Router:
         """Where messages of which task go."""
 
@@ -262,22 +307,35 @@ class MiniQ:
 
     # -- who we are
 
-    def _who(self) -> Tuple[int, str, str]:
-        identity = self._identity
-        pid = os.getpid()
-        if identity is None or identity[0] != pid:
-            identity = self._identity = (pid, f"gen{pid}@{socket.gethostname()}", new_task_id())
-        return identity
-
     @property
-    def origin(self) -> str:
-        """This process as the header `origin` names it."""
-        return self._who()[1]
+    def identity(self) -> Tuple[str, str]:
+        """This process as a sender: the header `origin`, and the reply address."""
+        known = self._identity
+        pid = os.getpid()
+        if known is None or known[0] != pid:
+            known = self._identity = (pid, f"gen{pid}@{host_name()}", new_task_id())
+        return known[1:]
 
     @property
     def thread_oid(self) -> str:
         """The reply address of this process."""
-        return self._who()[2]
+        return self.identity[1]
+
+    def now(self) -> "datetime":
+        """Return the present moment in the app's time zone."""
+        from datetime import datetime  # loaded already, and named here for checkers only
+
+        return datetime.fromtimestamp(self.wall(), self.zone)
+
+    @property
+    def runner(self) -> TaskRunner:
+        """What encodes results that no run of a task made."""
+        return self._cached("runner", lambda: TaskRunner(self, host_name()))  # type: ignore[no-any-return]
+
+    @property
+    def eager_runner(self) -> EagerRunner:
+        """What runs tasks here."""
+        return self._cached("eager_runner", lambda: EagerRunner(self))  # type: ignore[no-any-return]
 
     # -- broker and backend
 
@@ -286,6 +344,10 @@ class MiniQ:
         conf = self.conf
         url = (conf.broker_write_url if write else conf.broker_read_url) or conf.broker_url
         if isinstance(url, (list, tuple)):
+            if len(url) > 1:
+                raise ImproperlyConfigured(
+                    f"broker_url names {len(url)} brokers: the stores of this version of miniq take one"
+                )
             url = url[0] if url else None
         return url or DEFAULT_URL
 
@@ -327,106 +389,143 @@ class MiniQ:
 
     # -- tasks
 
-    def task(self, *args: Any, **opts: Any) -> Any:
-        """Decorate a function to make it a task: ``@app.task`` or ``@app.task(bind=True, ...)``.
+    if TYPE_CHECKING:
 
-        Every keyword becomes an attribute of the task; one that nearly is a known option raises
-        `TypeError` with the right name.
-        """
-        if len(args) == 1 and callable(args[0]) and not isinstance(args[0], type):
-            return self._task_from_fun(args[0], **opts)
-        if args:
-            raise TypeError(
-                f"@app.task takes options as keywords only, not {args[0]!r};"
-                " to name a task write @app.task(name='...')"
-            )
-        return lambda fun: self._task_from_fun(fun, **opts)
+        @overload
+        def task(
+            self, fun: Callable[P, Coroutine[Any, Any, R]], /
+        ) -> TypedTask[P, Coroutine[Any, Any, R], R]: ...
+        @overload
+        def task(self, fun: Callable[P, R], /) -> TypedTask[P, R, R]: ...
+        @overload
+        def task(self, *, bind: Literal[True], **options: Any) -> BoundDecorator: ...
+        @overload
+        def task(self, **options: Any) -> Decorator: ...
+        def task(self, *args: Any, **options: Any) -> Any: ...
+    else:
 
-    def _task_from_fun(self, fun: Callable[..., Any], **opts: Any) -> BaseTask:
-        if isinstance(fun, BaseTask):
-            raise TypeError(f"{fun!r} is a task already")
-        if not callable(fun):
-            raise TypeError(f"a task must be callable, not {fun!r}")
-        opts.pop("lazy", None)
-        opts.pop("filter", None)
-        if opts.pop("shared", False):
-            raise TypeError("shared=True: use @miniq.shared_task")
-        bind = opts.pop("bind", False)
-        base: Type[BaseTask] = opts.pop("base", None) or self.Task
-        name = opts.pop("name", None) or self.gen_task_name(fun.__name__, fun.__module__)
-        self._check_task_options(name, opts, base)
-        known = self.tasks.get(name)
-        if known is not None:
-            same = known.__wrapped__
-            if same is not None and (
-                getattr(same, "__qualname__", None) != getattr(fun, "__qualname__", None)
-                or getattr(same, "__module__", None) != getattr(fun, "__module__", None)
-            ):
-                warnings.warn(
-                    f"task {name!r}: {fun.__module__}.{fun.__qualname__} replaces"
-                    f" {same.__module__}.{same.__qualname__}; give one of them another name=",
-                    DuplicateTaskNameWarning,
-                    stacklevel=3,
+        def task(self, *args: Any, **options: Any) -> Any:
+            """Decorate a function to make it a task: ``@app.task`` or ``@app.task(bind=True, ...)``.
+
+            Every keyword becomes an attribute of the task; one that nearly is a known option raises
+            `TypeError` with the right name.
+            """
+            if len(args) == 1 and callable(args[0]) and not isinstance(args[0], type):
+                return self._task_from_fun(args[0], **options)
+            if args:
+                raise TypeError(
+                    f"@app.task takes options as keywords only, not {args[0]!r};"
+                    " to name a task write @app.task(name='...'), for a class app.register_task(Cls())"
                 )
+            return lambda fun: self._task_from_fun(fun, **options)
+
+    def _task_from_fun(
+        self,
+        fun: Callable[..., Any],
+        name: Optional[str] = None,
+        base: Optional[Type[BaseTask]] = None,
+        bind: bool = False,
+        shared: bool = False,
+        lazy: bool = True,
+        filter: Optional[Callable[[Any], Any]] = None,  # noqa: A002 - Celery's public name
+        **options: Any,
+    ) -> Any:
+        if isinstance(fun, BaseTask) or not callable(fun):
+            raise TypeError(f"a task is made of a function, not of {fun!r:.200}")
+        module = getattr(fun, "__module__", None) or ""
+        if shared:
+            _state.add_shared(lambda app: app._task_from_fun(fun, name, base, bind, **options))
+        if name is None:
+            if not hasattr(fun, "__name__"):
+                raise TypeError(f"{fun!r:.200} has no __name__: give the task a name=")
+            task_name = self.gen_task_name(fun.__name__, module)
+        else:
+            task_name = name
+        cls = base or self.Task
+        _check_names(task_name, options, cls)
+        known = self.tasks.get(task_name)
+        if known is not None and known.__wrapped__ is fun:
+            return known
         attributes = {
             "app": self,
-            "name": name,
-            "run": fun if bind else staticmethod(fun),
+            "name": task_name,
+            "run": _bindable(fun) if bind else staticmethod(fun),
             "__doc__": fun.__doc__,
-            "__module__": fun.__module__,
+            "__module__": module,
             "__wrapped__": staticmethod(fun),
-            **opts,
+            **options,
         }
-        if isinstance(opts.get("backend"), str):
-            attributes["_backend"] = attributes.pop("backend")
-        task: BaseTask = type(getattr(fun, "__name__", "task"), (base,), attributes)()
-        task.__dict__["_check_arguments"] = argument_checker(fun, bind)
-        task.__dict__["takes_errback_arguments"] = not bind and _takes_several(fun)
-        return self._register(task)
-
-    @staticmethod
-    def _check_task_options(name: str, opts: Mapping[str, Any], base: Type[BaseTask]) -> None:
-        for key in opts:
-            if key in DECORATOR_OPTIONS or hasattr(base, key):
-                continue
-            hint = nearest(key, DECORATOR_OPTIONS)
-            if hint is not None:
-                raise TypeError(f"task {name}: unknown option {key!r}: did you mean {hint!r}?")
+        task: BaseTask = type(getattr(fun, "__name__", "task"), (cls,), attributes)()
+        parameters = Parameters(fun, bind)
+        task._check_arguments = parameters.check
+        task._positional = parameters.positional
+        task.takes_errback_arguments = parameters.takes_several and not bind
+        self._register(task)
+        return task if filter is None else filter(task)
 
     def register_task(self, task: Union[BaseTask, Type[BaseTask]], **options: Any) -> BaseTask:
         """Register an instance (or class) of a class-based task; return the instance."""
         if isinstance(task, type):
             task = task()
+        if isinstance(task, SharedTask):
+            return self._register(task._resolve())
+        _check_names(task.name or type(task).__name__, options, type(task))
         for key, value in options.items():
             setattr(task, key, value)
         cls = type(task)
         if not task.name:
             task.name = self.gen_task_name(cls.__name__, cls.__module__)
         task.app = self
-        if "_check_arguments" not in task.__dict__:
-            task.__dict__["_check_arguments"] = argument_checker(cls.run, True)
+        if task._check_arguments is None:
+            parameters = Parameters(task.run, False)
+            task._check_arguments = parameters.check
+            task._positional = parameters.positional
         return self._register(task)
 
     def _register(self, task: BaseTask) -> BaseTask:
-        annotations = self.conf.task_annotations
-        if annotations:
-            _annotate(task, annotations)
+        self._annotate(task)
+        known = self.tasks.get(task.name)
+        if known is not None and known is not task:
+            _warn_of_duplicate(known, task)
         self.tasks[task.name] = task
         type(task).on_bound(self)
         return task
+
+    def _annotate(self, task: BaseTask) -> None:
+        """Apply the setting `task_annotations`.
+
+        ``{name or "*": {attribute: value}}``, an object with ``annotate(task)`` that returns such
+        attributes, the path of one, or a list of these.  A plain function becomes a method, as it would in the task's class.
+        """
+        annotations = self.conf.task_annotations
+        for annotation in annotations if isinstance(annotations, (list, tuple)) else (annotations,):
+            if isinstance(annotation, str):
+                annotation = import_object(annotation)
+            if isinstance(annotation, type):
+                annotation = annotation()
+            if isinstance(annotation, dict):
+                found = {**(annotation.get("*") or {}), **(annotation.get(task.name) or {})}
+            else:
+                found = annotation.annotate(task) or {} if annotation is not None else {}
+            _check_names(f"{task.name} in task_annotations", found, type(task))
+            for key, value in found.items():
+                setattr(task, key, value.__get__(task) if isinstance(value, FunctionType) else value)
+        check_task(task)
+
+    def _task_named(self, name: str) -> BaseTask:
+        return self.tasks[name]
 
     def gen_task_name(self, name: str, module: str) -> str:
         """Return the automatic name of a function; override to change all of them."""
         return gen_task_name(self.main, name, module)
 
     def finalize(self, auto: bool = False) -> None:
-        """Say that all tasks are there; sends `on_after_finalize` once."""
+        """Say that all tasks are there; sends the app's signals once."""
         with self._lock:
             if self.finalized:
                 return
             self.finalized = True
-            for packages, related, _ in self._autodiscover:
-                self._discover(packages, related)
+            self.on_configure.send(sender=self)
             self.on_after_configure.send(sender=self, source=self.conf)
             self.on_after_finalize.send(sender=self)
 
@@ -440,26 +539,24 @@ class MiniQ:
 
         Only a module that does not exist is passed over; an error inside one is raised.
         """
-        if force or self.finalized:
-            self._discover(packages, related_name)
+        if packages is None:
+            raise ImproperlyConfigured(
+                "autodiscover_tasks needs the packages to look in (a list, or a function that returns one);"
+                " for Django: lambda: settings.INSTALLED_APPS"
+            )
+        if isinstance(packages, str):
+            raise TypeError(f"autodiscover_tasks takes a list of packages, not {packages!r}")
+        if force:
+            _discover(packages, related_name)
         else:
-            self._autodiscover.append((packages, related_name, force))
-
-    def _discover(self, packages: Any, related_name: Optional[str]) -> None:
-        names = packages() if callable(packages) else packages
-        for package in names or ():
-            target = f"{package}.{related_name}" if related_name else package
-            try:
-                import_object(target)
-            except ModuleNotFoundError as error:
-                if error.name != target or not related_name:
-                    raise
-                import_object(package)  # a package that does not exist is an error
+            self._autodiscover.append((packages, related_name))
 
     def import_modules(self) -> None:
         """Import what workers need: settings `imports` and `include`, and discovered tasks."""
         for name in (*self.conf.imports, *self.conf.include):
-            import_object(name)
+            import_module(name)
+        for packages, related_name in self._autodiscover:
+            _discover(packages, related_name)
         signals.import_modules.send(sender=self)
         self.finalize()
 
@@ -479,13 +576,7 @@ class MiniQ:
                 AlwaysEagerIgnored,
                 stacklevel=2,
             )
-        task = self.tasks.get(name)
-        if task is not None:
-            for key in TASK_OPTIONS:
-                value = getattr(task, key)
-                if value is not None and options.get(key) is None:
-                    options[key] = value
-        return self._send(name, args or (), kwargs or {}, options, task)
+        return self._send(name, args or (), kwargs or {}, options, self.tasks.get(name))
 
     def _send(
         self,
@@ -495,38 +586,32 @@ class MiniQ:
         options: Dict[str, Any],
         task: Optional[BaseTask],
     ) -> AsyncResult:
-        if options.get("ignore_result") is None:
-            options["ignore_result"] = self.conf.task_ignore_result
-        producer: Producer = options.pop("producer", None) or self.producer
+        get = options.get
+        producer = get("producer") or self.producer
+        if not isinstance(producer, Producer):
+            raise TypeError(f"producer must be a miniq Producer, not {producer!r:.200}")
         prepared = producer.prepare(name, args, kwargs, options, task)
-        producer.publish(prepared, options.get("retry"), options.get("retry_policy"), options.get("timeout"))
-        result = AsyncResult(
+        producer.publish(
+            prepared, get("retry"), get("retry_policy"), get("timeout") or get("confirm_timeout")
+        )
+        result: AsyncResult = AsyncResult(
             prepared.task_id,
             task._backend if task is not None else None,
             name,
             self,
             None,
-            bool(options["ignore_result"]),
+            prepared.publication.message.headers["ignore_result"],
         )
         frame = _state.worker_frame()
-        if frame is not None and options.get("add_to_parent", True) and frame.task.trail:
+        if frame is not None and get("add_to_parent") is not False and frame.task.trail:
             frame.request.children.append(result.as_tuple())
         return result
 
     def prepare_signature(self, sig: Signature) -> Publication:
         """Return the message of a signature, ready to be published by somebody else."""
-        name = sig["task"]
-        options = dict(sig.options)
-        check_options(options)
+        name = sig.task
         task = self.tasks.get(name)
-        if task is not None:
-            for key in TASK_OPTIONS:
-                value = getattr(task, key)
-                if value is not None and options.get(key) is None:
-                    options[key] = value
-        if options.get("ignore_result") is None:
-            options["ignore_result"] = self.conf.task_ignore_result
-        return self.producer.prepare(name, sig.args, sig.kwargs, options, task).publication
+        return self.producer.prepare(name, sig.args, sig.kwargs, sig.options, task).publication
 
     def signature(self, *args: Any, **kwargs: Any) -> Signature:
         """Return a signature of this app."""
@@ -546,62 +631,6 @@ class MiniQ:
         )
         args, kwargs = loads(data, content_type, encoding, frozenset({content_type}))
         return list(args), dict(kwargs)
-
-    def run_eagerly(
-        self,
-        task: BaseTask,
-        args: List[Any],
-        kwargs: Dict[str, Any],
-        task_id: str,
-        retries: int,
-        link: List[Any],
-        link_error: List[Any],
-        throw: bool,
-        options: Dict[str, Any],
-    ) -> EagerResult:
-        """Run a task here as a worker would; see `Task.apply`."""
-        frame = _state.current_frame()
-        above = frame.request if frame is not None else None
-        request = Context(
-            id=task_id,
-            task=task.name,
-            args=args,
-            kwargs=kwargs,
-            retries=retries,
-            is_eager=True,
-            called_directly=False,
-            hostname=socket.gethostname(),
-            callbacks=link,
-            errbacks=link_error,
-            headers=options.get("headers"),
-            ignore_result=options.get("ignore_result", task.ignore_result),
-            root_id=options.get("root_id") or (above.root_id or above.id if above else None) or task_id,
-            parent_id=options.get("parent_id") or (above.id if above else None),
-            delivery_info={"is_eager": True, "exchange": None, "routing_key": None, "priority": None},
-        )
-        runner = EagerRunner(self)
-        execution = Execution(task, request, args, kwargs)
-        outcome = runner.execute(execution)
-        error = execution.error
-        if isinstance(error, Retry) and error.sig is not None:
-            sig = error.sig
-            return self.run_eagerly(
-                task, list(sig.args), dict(sig.kwargs), task_id, retries + 1, link, link_error, throw, options
-            )
-        if self.conf.task_store_eager_result and outcome.results:
-            self.backend_for(task._backend).store(outcome.results)
-        if throw and isinstance(error, BaseException) and outcome.state in states.PROPAGATE_STATES:
-            raise error
-        text = execution.einfo.traceback if execution.einfo else None
-        return EagerResult(task_id, execution.retval, outcome.state, text, task.name, self)
-
-    def store_state(self, task: BaseTask, task_id: str, state: str, meta: Any, request: Context) -> None:
-        """Store a custom state; see `Task.update_state`."""
-        if request.is_eager and not self.conf.task_store_eager_result:
-            return
-        own = request if request.id == task_id else Context(id=task_id)
-        stored = TaskRunner(self, "").encode(own, state, meta, None, task)
-        self.backend_for(task._backend).store([stored])
 
     # -- entrances: upper floors, imported when asked for
 
@@ -650,50 +679,20 @@ class MiniQ:
         return _state.current_worker_task()
 
 
-class EagerRunner(TaskRunner):
-    """Runs tasks in the calling program: callbacks are run at once too."""
-
-    def __init__(self, app: MiniQ) -> None:
-        super().__init__(app, socket.gethostname())
-
-    def _follow(self, request: Context, sig: Any, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
-        sig = sig.clone(args)
-        task = self.app.tasks[sig["task"]]
-        result = task.apply(sig.args, sig.kwargs, link=sig.options.get("link"), parent_id=request.id)
-        request.children.append(result.as_tuple())
-        return None
-
-
-def shared_task(*args: Any, **opts: Any) -> Any:
-    """Decorate a function to make it a task of every app, those of the future included.
-
-    Returns a proxy: what is called is the task of the current app.
-    """
-
-    def decorate(fun: Callable[..., Any]) -> Any:
-        def make(app: MiniQ) -> BaseTask:
-            return app._task_from_fun(fun, **opts)
-
-        _state.add_shared(make)
-        return SharedTask(fun, opts.get("name"))
-
-    if len(args) == 1 and callable(args[0]) and not opts:
-        return decorate(args[0])
-    if args:
-        raise TypeError(f"@shared_task takes options as keywords only, not {args[0]!r}")
-    return decorate
-
-
 class SharedTask:
     """Stands for a shared task; every attribute is that of the current app's task."""
 
     def __init__(self, fun: Callable[..., Any], name: Optional[str]) -> None:
         self.__dict__.update(_fun=fun, _name=name, __wrapped__=fun, __doc__=fun.__doc__)
+        self.__dict__["__module__"] = fun.__module__
 
     def _resolve(self) -> BaseTask:
         app: MiniQ = _state.current_app()
-        name = self._name or app.gen_task_name(self._fun.__name__, self._fun.__module__)
-        return app.tasks[name]
+        return app.tasks[self._name or app.gen_task_name(self._fun.__name__, self._fun.__module__)]
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # so that isinstance() says what it stands for
+        return BaseTask
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._resolve()(*args, **kwargs)
@@ -704,28 +703,142 @@ class SharedTask:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._resolve(), name, value)
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or self._resolve() is other
+
+    def __hash__(self) -> int:
+        return hash(self._fun)
+
     def __repr__(self) -> str:
         return f"<shared task {self._name or self._fun.__qualname__}>"
 
-
-def _takes_several(fun: Callable[..., Any]) -> bool:
-    code = getattr(fun, "__code__", None)
-    if code is None:
-        return False
-    return bool(code.co_argcount > 1 or code.co_flags & 0x04)
+    def __reduce_ex__(self, protocol: Any) -> str:
+        name: str = self._fun.__qualname__
+        return name
 
 
-def _annotate(task: BaseTask, annotations: Any) -> None:
-    """Apply `task_annotations`: {name or "*": {attribute: value}}, objects with annotate(task), or a list."""
-    for annotation in annotations if isinstance(annotations, (list, tuple)) else (annotations,):
-        if isinstance(annotation, str):
-            annotation = import_object(annotation)
-        if isinstance(annotation, dict):
-            found = {**(annotation.get("*") or {}), **(annotation.get(task.name) or {})}
-        else:
-            found = annotation.annotate(task) or {}
-        for key, value in found.items():
-            setattr(task, key, value)
+if TYPE_CHECKING:
+    # Under the typing rules a class that only checkers see can say what a decorator does.
+
+    class Decorator:
+        """``@app.task(...)`` for a function."""
+
+        @overload
+        def __call__(
+            self, fun: Callable[P, Coroutine[Any, Any, R]], /
+        ) -> TypedTask[P, Coroutine[Any, Any, R], R]: ...
+        @overload
+        def __call__(self, fun: Callable[P, R], /) -> TypedTask[P, R, R]: ...
+        def __call__(self, fun: Any, /) -> Any: ...
+
+    class BoundDecorator:
+        """``@app.task(bind=True, ...)``: the first parameter is the task itself."""
+
+        @overload
+        def __call__(
+            self, fun: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /
+        ) -> TypedTask[P, Coroutine[Any, Any, R], R]: ...
+        @overload
+        def __call__(self, fun: Callable[Concatenate[Any, P], R], /) -> TypedTask[P, R, R]: ...
+        def __call__(self, fun: Any, /) -> Any: ...
+
+    @overload
+    def shared_task(
+        fun: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> TypedTask[P, Coroutine[Any, Any, R], R]: ...
+    @overload
+    def shared_task(fun: Callable[P, R], /) -> TypedTask[P, R, R]: ...
+    @overload
+    def shared_task(*, bind: Literal[True], **options: Any) -> BoundDecorator: ...
+    @overload
+    def shared_task(**options: Any) -> Decorator: ...
+    def shared_task(*args: Any, **options: Any) -> Any: ...
+
+else:
+
+    def shared_task(*args: Any, **options: Any) -> Any:
+        """Decorate a function to make it a task of every app, those of the future included.
+
+        Returns a proxy: what is called is the task of the current app.
+        """
+
+        def decorate(fun: Callable[..., Any]) -> Any:
+            _state.add_shared(lambda app: app._task_from_fun(fun, **options))
+            return SharedTask(fun, options.get("name"))
+
+        if len(args) == 1 and callable(args[0]) and not options:
+            return decorate(args[0])
+        if args:
+            raise TypeError(f"@shared_task takes options as keywords only, not {args[0]!r}")
+        return decorate
+
+
+# -- small helpers -------------------------------------------------------------------------------
+
+
+def _check_names(name: str, options: Iterable[str], base: type) -> None:
+    """Raise `TypeError` for an option that looks like a known one misspelt; others become attributes."""
+    for key in options:
+        if key in DECORATOR_OPTIONS or key in REFUSED_OPTIONS or hasattr(base, key):
+            continue
+        hint = nearest(key, DECORATOR_OPTIONS, only_typos=True)
+        if hint is None:
+            import difflib  # only for a task with an attribute of its own
+
+            found = difflib.get_close_matches(key, DECORATOR_OPTIONS, 1, MISSPELLING)
+            hint = found[0] if found else None
+        if hint is not None:
+            raise TypeError(
+                f"task {name}: unknown option {key!r}: did you mean {hint!r}?"
+                " (an attribute of your own that is so like it can be declared in a base= class)"
+            )
+
+
+def _bindable(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fun` as something that becomes a method in a class body; only functions do by themselves."""
+    if isinstance(fun, FunctionType):
+        return fun
+    return lambda task, *args, **kwargs: fun(task, *args, **kwargs)
+
+
+def _warn_of_duplicate(known: BaseTask, task: BaseTask) -> None:
+    """Warn when a name changes hands; the same source read again (a reload, a notebook) is no change."""
+    old, new = (getattr(one, "__wrapped__", None) or type(one) for one in (known, task))
+    same_place = _place(old) == _place(new)
+    # Two closures made by one function share its code, but not what they enclose.
+    if same_place and getattr(old, "__code__", None) is not getattr(new, "__code__", old):
+        return
+    if same_place and isinstance(new, type):
+        return
+    warnings.warn(
+        f"task {task.name!r}: {_place(new)} takes the place of {_place(old)}, whose messages it will get;"
+        " give one of them another name=",
+        DuplicateTaskNameWarning,
+        stacklevel=5,
+    )
+
+
+def _place(fun: Any) -> str:
+    return f"{getattr(fun, '__module__', None)}.{getattr(fun, '__qualname__', None) or repr(fun)}"
+
+
+def _discover(packages: Any, related_name: Optional[str]) -> None:
+    for package in packages() if callable(packages) else packages:
+        import_module(package)
+        if related_name:
+            try:
+                import_module(f"{package}.{related_name}")
+            except ModuleNotFoundError as error:
+                if not is_missing(error):
+                    raise
+
+
+def _is_own_error(error: BaseException) -> bool:
+    """Say whether `import_object` itself says that there is no such module, not something inside one."""
+    entry = error.__traceback__
+    while entry is not None and entry.tb_next is not None:
+        entry = entry.tb_next
+    return entry is not None and entry.tb_frame.f_code is import_object.__code__
 
 
 def _default_app() -> MiniQ:
@@ -734,12 +847,4 @@ def _default_app() -> MiniQ:
 
 _state.on_missing_app(_default_app)
 
-__all__ = [
-    "DEFAULT_URL",
-    "AlreadyRegistered",
-    "MiniQ",
-    "Prepared",
-    "StoredResult",
-    "TaskRegistry",
-    "shared_task",
-]
+__all__ = ["DEFAULT_URL", "MiniQ", "SharedTask", "TaskRegistry", "shared_task"]

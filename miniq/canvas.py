@@ -7,18 +7,23 @@ A signature is a plain dict (it travels as JSON in messages), with methods::
      "subtask_type": None, "immutable": False}
 
 `options` are those of `Task.apply_async`; `link` and `link_error` hold lists of signatures.
+Workflow types (chain, group, chord) are refused wherever one turns up: this version of miniq runs
+single tasks with callbacks.
+
 Source: section "Signatures" of Celery's canvas, wire form of its message protocol 2.
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+import copy
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 from . import _state
 from .exceptions import ImproperlyConfigured
+from .text import safe_repr
 
-#: Signature types this version can run, by their `subtask_type`.
-_PLAIN = (None, "")
+#: Options of a signature that hold signatures themselves.
+_NESTED = ("link", "link_error", "chain")
 
 
 class Signature(Dict[str, Any]):
@@ -40,9 +45,9 @@ class Signature(Dict[str, Any]):
         self._type = type
         if isinstance(task, dict):
             super().__init__(task)
-            self.setdefault("args", [])
-            self.setdefault("kwargs", {})
-            self.setdefault("options", {})
+            for key, default in (("args", ()), ("kwargs", {}), ("options", {})):
+                if self.get(key) is None:
+                    self[key] = type(default)()
             self.setdefault("subtask_type", None)
             self.setdefault("immutable", False)
             return
@@ -75,21 +80,25 @@ class Signature(Dict[str, Any]):
 
     @property
     def task(self) -> str:
+        """The name of the task."""
         return str(self["task"])
 
     name = task
 
     @property
     def args(self) -> Any:
+        """Its positional arguments."""
         return self["args"]
 
     @property
     def kwargs(self) -> Dict[str, Any]:
+        """Its keyword arguments."""
         kwargs: Dict[str, Any] = self["kwargs"]
         return kwargs
 
     @property
     def options(self) -> Dict[str, Any]:
+        """Its calling options."""
         options: Dict[str, Any] = self["options"]
         return options
 
@@ -100,28 +109,60 @@ class Signature(Dict[str, Any]):
 
     @property
     def immutable(self) -> bool:
+        """True where arguments given later are left out."""
         return bool(self.get("immutable"))
 
     def __repr__(self) -> str:
-        words = [repr(arg) for arg in self.args] + [f"{k}={v!r}" for k, v in self.kwargs.items()]
+        words = [safe_repr(arg) for arg in self.args]
+        words += [f"{key}={safe_repr(value)}" for key, value in self.kwargs.items()]
         return f"{self['task']}({', '.join(words)})"
 
     def __reduce__(self) -> Tuple[Any, ...]:
+        # Pickled as the plain dict that it is: whoever reads it may have miniq elsewhere, or Celery.
         return dict, (dict(self),)
+
+    def __copy__(self) -> "Signature":
+        return self.clone()
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "Signature":
+        found = Signature(copy.deepcopy(dict(self), memo), type=self._type, app=self._app)
+        memo[id(self)] = found
+        return found
+
+    if not TYPE_CHECKING:  # a checker knows what there is
+
+        def __getattr__(self, name: str) -> Any:
+            raise _state.missing("a signature", name)
+
+    # A dict's own operator would merge the two into one call.
+    def __or__(self, other: Any) -> Any:
+        raise ImproperlyConfigured(
+            f"{self!r} | {safe_repr(other, 100)}: this version of miniq has no chains;"
+            " send the second one when the first succeeds with link="
+        )
+
+    __ror__ = __ior__ = __or__
+
+    def __invert__(self) -> Any:
+        """Send it and wait for its value."""
+        return self.apply_async().get()
 
     # -- variations
 
     def __call__(self, *partial_args: Any, **partial_kwargs: Any) -> Any:
-        """Run the task inline, here and now."""
+        """Run the task inline, here and now; `NotRegistered` if its code is not here."""
         args, kwargs, _ = self._merged(partial_args, partial_kwargs, {})
-        return self.type(*args, **kwargs)
+        return self._local_task()(*args, **kwargs)
+
+    def _local_task(self) -> Any:
+        return self._type or self.app.tasks[self["task"]]
 
     def clone(
         self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any
     ) -> "Signature":
         """Return a copy with `args` put before its own, `kwargs` and `options` over its own."""
         args, kwargs, options = self._merged(args, kwargs or {}, options)
-        copy = Signature(
+        found = Signature(
             self["task"],
             args,
             kwargs,
@@ -132,9 +173,9 @@ class Signature(Dict[str, Any]):
             self._app,
         )
         for key in ("link", "link_error"):
-            if copy.options.get(key):
-                copy.options[key] = list(as_list(copy.options[key]))
-        return copy
+            if found.options.get(key):
+                found.options[key] = as_list(found.options[key])
+        return found
 
     partial = clone
 
@@ -161,7 +202,8 @@ class Signature(Dict[str, Any]):
         return self
 
     def _append(self, key: str, sig: "Signature") -> None:
-        known = list(as_list(self.options.get(key)))
+        check_signatures((sig,), key)
+        known = as_list(self.options.get(key))
         if sig not in known:
             known.append(sig)
         self.options[key] = known
@@ -183,7 +225,7 @@ class Signature(Dict[str, Any]):
     def apply(self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any) -> Any:
         """Run it here, eagerly; see `Task.apply`."""
         all_args, all_kwargs, all_options = self._merged(args, kwargs or {}, options)
-        return self.type.apply(all_args, all_kwargs, **all_options)
+        return self._local_task().apply(all_args, all_kwargs, **all_options)
 
     def _merged(
         self, args: Any, kwargs: Mapping[str, Any], options: Mapping[str, Any]
@@ -197,36 +239,56 @@ class Signature(Dict[str, Any]):
 def signature(varies: Any, *args: Any, **kwargs: Any) -> Signature:
     """Return a signature of a task, a task name, or a signature that came as a plain dict.
 
-    Raises `ImproperlyConfigured` for workflow types (chain, group, chord): this version runs
-    single tasks with callbacks.
+    Raises `ImproperlyConfigured` for workflow types (chain, group, chord).
     """
     app = kwargs.pop("app", None)
     if isinstance(varies, dict):
-        kind = varies.get("subtask_type")
-        if kind not in _PLAIN:
-            raise ImproperlyConfigured(
-                f"a signature of type {kind!r} cannot be sent by this version of miniq"
-            )
-        if isinstance(varies, Signature):
-            return varies.clone()
-        if not isinstance(varies.get("task"), str):
-            raise ImproperlyConfigured(f"a signature needs a task name, this one has {varies.get('task')!r}")
-        return Signature(varies, app=app)
+        check_signatures((varies,), "signature")
+        found = varies.clone() if isinstance(varies, Signature) else Signature(varies)
+        found._app = found._app or app
+        return found
     kwargs["app"] = app
     return Signature(varies, *args, **kwargs)
 
 
 def maybe_signature(value: Any, app: Any = None) -> Optional[Signature]:
     """Return a signature for a dict, itself for a signature, None for None."""
-    if value is None or isinstance(value, Signature):
+    if value is None:
+        return None
+    if isinstance(value, Signature):
+        value._app = value._app or app
         return value
     return signature(value, app=app)
 
 
-def as_list(value: Union[None, Mapping[str, Any], List[Any], Tuple[Any, ...]]) -> List[Any]:
+def as_list(value: Union[Mapping[str, Any], Iterable[Any], None]) -> List[Any]:
     """Return callbacks as a list: none, one signature, or several."""
     if value is None:
         return []
-    if isinstance(value, dict):
-        return [value]
-    return list(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    return [value]
+
+
+def check_signatures(values: Iterable[Any], what: str) -> None:
+    """Raise unless all are signatures of single tasks, and their own callbacks too.
+
+    `TypeError` for what is no signature at all, `ImproperlyConfigured` for one that this version
+    cannot send.  `what` says where they are.
+    """
+    for value in values:
+        if not isinstance(value, dict):
+            hint = "" if not hasattr(value, "s") else f"; write {getattr(value, 'name', 'task')}.s(...)"
+            raise TypeError(f"{what}: {safe_repr(value, 100)} is no signature{hint}")
+        kind = value.get("subtask_type")
+        if kind:
+            raise ImproperlyConfigured(f"{what}: a {kind} cannot be sent by this version of miniq")
+        if not isinstance(value.get("task"), str):
+            raise ImproperlyConfigured(
+                f"{what}: a signature needs the name of a task, not {safe_repr(value.get('task'), 100)}"
+            )
+        options = value.get("options")
+        if options:
+            for key in _NESTED:
+                if options.get(key):
+                    check_signatures(as_list(options[key]), f"{what} of {value['task']}: {key}")

@@ -10,15 +10,14 @@ it.  Body (Celery's form)::
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Union
 
-from . import states
+from . import _state, states
 from .exceptions import TaskRevokedError
 from .message import Message
 from .routing import Exchange, Queue
 from .serialization import dumps, exception_to_dict
 from .task import Context
-from .trace import TaskRunner
 from .transports.base import Publication
 
 PIDBOX = "celery.pidbox"
@@ -53,6 +52,11 @@ class Control:
     def __init__(self, app: Any) -> None:
         self.app = app
 
+    if not TYPE_CHECKING:  # a checker knows what there is
+
+        def __getattr__(self, name: str) -> Any:
+            raise _state.missing("app.control", name)
+
     def broadcast(
         self,
         command: str,
@@ -84,24 +88,28 @@ class Control:
         """Tell all workers not to run these ids; with `terminate`, stop them where they run.
 
         Holds even when no worker is up: the broker keeps the revocation for three hours, and a
-        task that has not started is REVOKED at once.
+        task that has not started is REVOKED at once.  With `destination` only those workers hear
+        of it, as a command.
         """
-        ids: List[str] = [task_id] if isinstance(task_id, str) else list(task_id)
+        ids: List[str] = [task_id] if isinstance(task_id, str) else [str(one) for one in task_id]
+        if destination is None:
+            self._revoke_everywhere(ids)
+        self.broadcast("revoke", {"task_id": ids, "terminate": terminate, "signal": signal}, destination)
+
+    def _revoke_everywhere(self, ids: List[str]) -> None:
         app = self.app
         app.producer.transport.revoke(ids, app.wall() + REVOKE_EXPIRES_S)
         backend = app.backend
         if backend.enabled:
             known = backend.fetch(ids)
-            runner = TaskRunner(app, "")
             cause = exception_to_dict(TaskRevokedError("revoked"))
             backend.store(
                 [
-                    runner.encode(Context(id=one), states.REVOKED, cause, None)
+                    app.runner.encode(Context(id=one), states.REVOKED, cause, None)
                     for one in ids
                     if one not in known or known[one].state in _NOT_STARTED
                 ]
             )
-        self.broadcast("revoke", {"task_id": ids, "terminate": terminate, "signal": signal}, destination)
 
     def terminate(
         self,

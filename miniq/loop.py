@@ -305,8 +305,6 @@ class Loop:
             mono = self._callback_began = self.mono()
             for key, mask in events:
                 watch: _Watch = key.data
-                if self._closed:
-                    return
                 watch.wakeups += 1
                 if watch.wakeups >= SPIN_WAKEUPS:
                     self._look_for_spin(watch)
@@ -326,14 +324,14 @@ class Loop:
                 timer._heap_of = None
                 ready.append(timer)
         for _ in range(len(ready)):
+            if not ready:  # a callback has closed the loop
+                return
             timer = ready.popleft()
             callback = timer.callback
             if callback is not None:
                 args = timer.args
                 timer.callback = None  # a cancel from now on is too late, and frees nothing
                 self._call(callback, args)
-            if self._closed:
-                break
 
     def _call(self, callback: Callable[..., Any], args: Tuple[Any, ...]) -> None:
         """Call; the loop's safety net: an error is logged and the loop goes on."""
@@ -372,6 +370,8 @@ class Loop:
             for end in self._wakeup:
                 end.close()
             self._wakeup = None
+        for watch in self._watches.values():
+            watch.reader = watch.writer = None
         self._watches.clear()
         self._heap.clear()
         self._ready.clear()

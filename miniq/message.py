@@ -92,12 +92,14 @@ class Delivery:
                  ``"lost"`` (the worker that had started it died and it may not start again),
                  ``"garbage"`` (what the broker holds is no message at all)
     `early`      set by the worker before `Consumer.start`: acknowledged at the start, not after
+    `token`      set by the worker for a message handed to a child ahead of its turn (see
+                 `Consumer.start_journal`)
     `lost_by`    with fate "lost": node name of the worker that died
     """
 
     __slots__ = (
         "message", "tag", "queue", "exchange", "routing_key", "deliveries", "fate", "early",
-        "lost_by",
+        "token", "lost_by",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +121,7 @@ class Delivery:
         self.deliveries = deliveries
         self.fate = fate
         self.early = False
+        self.token: Optional[int] = None
         self.lost_by = lost_by
 
     def __repr__(self) -> str:

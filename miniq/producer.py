@@ -11,39 +11,49 @@ One transport per thread and process: the object is thread-safe, what it hands o
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import threading
 import time
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from . import _state, signals
-from .canvas import as_list
-from .exceptions import ImproperlyConfigured, OperationalError, UnknownOption
-from .message import Message, pack_body
+from .canvas import as_list, check_signatures
+from .conf import SETTINGS
+from .exceptions import EncodeError, ImproperlyConfigured, OperationalError, UnknownOption
+from .message import Message, pack_body, validate_headers
 from .routing import Queue
 from .serialization import compress, dumps
 from .text import nearest, safe_repr
 from .times import eta_moment, expires_moment
 from .transports.base import Publication, Transport, transport_class
 
+_NUMBER = (int, float)
+_TEXT = (str,)
 #: Broker properties that may be given as options and travel as they are.
-PROPERTY_OPTIONS = frozenset(
-    {"reply_to", "delivery_mode", "message_id", "app_id", "type", "user_id", "cluster_id", "timestamp"}
-)
-#: Everything `apply_async` takes besides args and kwargs.
-CALL_OPTIONS = PROPERTY_OPTIONS | frozenset(
-    {
-        "countdown", "eta", "expires", "task_id", "link", "link_error", "shadow", "priority", "queue",
-        "exchange", "routing_key", "serializer", "compression", "headers", "retry", "retry_policy",
-        "add_to_parent", "ignore_result", "time_limit", "soft_time_limit", "argsrepr", "kwargsrepr",
-        "root_id", "parent_id", "group_id", "group_index", "chain", "chord", "retries", "producer",
-        "connection", "timeout", "confirm_timeout", "stamped_headers", "replaced_task_nesting",
-        "mandatory", "immediate",
-    }
-)  # fmt: skip
+PROPERTY_OPTIONS = frozenset({"message_id", "app_id", "type", "user_id", "cluster_id", "timestamp"})
+#: Everything `apply_async` takes besides args and kwargs -> the types it may have, () = any.
+CALL_OPTIONS: Dict[str, Tuple[type, ...]] = {
+    "countdown": (), "eta": (), "expires": (), "link": (), "link_error": (), "chain": (list, tuple),
+    "task_id": _TEXT, "root_id": _TEXT, "parent_id": _TEXT, "group_id": _TEXT, "group_index": (int,),
+    "shadow": _TEXT, "argsrepr": _TEXT, "kwargsrepr": _TEXT, "reply_to": _TEXT,
+    "queue": (), "exchange": (), "routing_key": _TEXT, "priority": (int,), "delivery_mode": (int, str),
+    "serializer": _TEXT, "compression": _TEXT, "headers": (dict,),
+    "time_limit": _NUMBER, "soft_time_limit": _NUMBER, "ignore_result": (bool,), "retries": (int,),
+    "add_to_parent": (bool,), "replaced_task_nesting": (int,), "stamped_headers": (list, tuple),
+    "retry": (bool,), "retry_policy": (dict,), "timeout": _NUMBER, "confirm_timeout": _NUMBER, "producer": (),
+    **dict.fromkeys(PROPERTY_OPTIONS, ()),
+}  # fmt: skip
+#: What Celery's apply_async takes and this one does not -> why.
+REFUSED_OPTIONS = {
+    "chord": "this version of miniq runs single tasks with callbacks",
+    "connection": "connections are miniq's own; another broker is another app",
+    "mandatory": "publishing is always confirmed here",
+    "immediate": "brokers have dropped it",
+}
 
-#: Options that become broker arguments or a time limit when set as attributes of a task.
+#: Attributes of a task that stand for calling options which were not given.
 TASK_OPTIONS = (
     "queue", "exchange", "routing_key", "priority", "expires", "serializer", "compression",
     "delivery_mode", "time_limit", "soft_time_limit", "ignore_result",
@@ -51,6 +61,7 @@ TASK_OPTIONS = (
 
 #: Milliseconds: RabbitMQ refuses a larger per-message expiration.
 MAX_EXPIRATION_MS = 315_360_000_000
+_DELIVERY_MODES = {1: 1, 2: 2, "transient": 1, "persistent": 2}
 
 
 class Prepared(NamedTuple):
@@ -69,17 +80,48 @@ def new_task_id() -> str:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise `UnknownOption` naming the first unknown calling option and the nearest known one."""
-    if options.keys() <= CALL_OPTIONS:
-        return
-    stamps = set(as_list(options.get("stamped_headers")))
-    for name in options:
-        if name not in CALL_OPTIONS and name not in stamps:
-            hint = nearest(name, CALL_OPTIONS)
-            raise UnknownOption(
-                f"unknown calling option {name!r}{f': did you mean {hint!r}?' if hint else ''}"
-                " (arguments of the task itself go into args=(...) and kwargs={...})"
-            )
+    """Check names and types of calling options.
+
+    Raises `UnknownOption` with the nearest known name, `ImproperlyConfigured` for one of Celery's
+    that is not built here, `TypeError` or `ValueError` for a value that cannot be.
+    """
+    stamps: Any = ()
+    for name, value in options.items():
+        types = CALL_OPTIONS.get(name)
+        if types is None:
+            stamps = stamps or as_list(options.get("stamped_headers"))
+            if name not in stamps and (name not in REFUSED_OPTIONS or value):
+                raise _unknown_option(name)
+        elif types and value is not None and not isinstance(value, types):
+            words = " or ".join(one.__name__ for one in types)
+            raise TypeError(f"calling option {name} must be {words}, not {safe_repr(value, 100)}")
+
+
+def _unknown_option(name: str) -> Exception:
+    if name in REFUSED_OPTIONS:
+        return ImproperlyConfigured(f"calling option {name}: {REFUSED_OPTIONS[name]}")
+    hint = nearest(name, CALL_OPTIONS)
+    return UnknownOption(
+        f"unknown calling option {name!r}{f': did you mean {hint!r}?' if hint else ''}"
+        " (arguments of the task itself go into args=(...) and kwargs={...})"
+    )
+
+
+def check_limits(hard: Optional[float], soft: Optional[float], what: str) -> None:
+    """Raise `ValueError` for time limits (seconds) that cannot be kept."""
+    for name, limit in (("time_limit", hard), ("soft_time_limit", soft)):
+        if limit is not None and not 0 <= limit < float("inf"):
+            raise ValueError(f"{what}: {name} must be a number of seconds, not {limit!r}")
+    if hard and soft and soft > hard:
+        raise ValueError(f"{what}: soft_time_limit={soft} is never reached, time_limit={hard} is shorter")
+
+
+def _signatures(value: Any, option: str) -> Optional[List[Any]]:
+    if value is None:
+        return None
+    found = as_list(value)
+    check_signatures(found, option)
+    return found or None
 
 
 class Producer:
@@ -102,24 +144,27 @@ class Producer:
         options: Dict[str, Any],
         task: Any = None,
     ) -> Prepared:
-        """Serialize and route one call.
+        """Serialize and route one call; sends `before_task_publish`.
 
-        `options` are those of `Task.apply_async`, already merged with the task's own.  Raises
-        `EncodeError`, `UnknownOption`, `QueueNotFound`, `ValueError` for values out of range.
+        `options` are those of `Task.apply_async`; what they leave open comes from the task, the
+        route, the settings.  Raises `EncodeError`, `QueueNotFound`, what `check_options` raises, and
+        `ValueError` for values out of range.
         """
         app = self.app
         conf = app.conf
-        if not options.keys() <= CALL_OPTIONS:
-            check_options(options)
-        get = options.get
-        if get("mandatory") or get("immediate"):
-            raise ImproperlyConfigured("options mandatory and immediate: publishing is always confirmed here")
-        if get("chord") is not None:
-            raise ImproperlyConfigured("option chord: this version of miniq runs single tasks and callbacks")
+        check_options(options)
+        if task is not None:
+            options = dict(options)
+            for key in TASK_OPTIONS:
+                value = getattr(task, key)
+                if value is not None and options.get(key) is None:
+                    options[key] = value
+            if options.get("shadow") is None:
+                options["shadow"] = task.shadow_name(args, kwargs, options)
         route = app.router.route(options, name, args, kwargs, task)
         if route.options:
             options = {**route.options, **{k: v for k, v in options.items() if v is not None}}
-            get = options.get
+        get = options.get
 
         task_id = get("task_id") or new_task_id()
         eta_text = expires_text = expiration = None
@@ -132,13 +177,24 @@ class Producer:
                 expires_text = expires.text
                 expiration = str(min(max(0, int((expires.epoch - now) * 1000)), MAX_EXPIRATION_MS))
 
+        root_id, parent_id, priority = get("root_id"), get("parent_id"), get("priority")
         frame = _state.worker_frame()
-        root_id, parent_id = get("root_id"), get("parent_id")
         if frame is not None:
             request = frame.request
             root_id = root_id or request.root_id or request.id
             parent_id = parent_id or request.id
-        ignore_result = get("ignore_result")
+            if priority is None and conf.task_inherit_parent_priority:
+                priority = (request.delivery_info or {}).get("priority")
+        if priority is None:
+            priority = conf.task_default_priority or 0
+        elif not 0 <= priority <= 255:
+            raise ValueError(f"priority must be a whole number from 0 to 255, not {priority!r}")
+        hard, soft = get("time_limit"), get("soft_time_limit")
+        if hard is not None or soft is not None:
+            check_limits(hard, soft, f"task {name}")
+        ignore_result, stamped = get("ignore_result"), get("stamped_headers")
+        origin, reply_address = app.identity
+        levels = conf.task_repr_maxlevels
         headers: Dict[str, Any] = {
             "lang": "py",
             "task": name,
@@ -149,42 +205,30 @@ class Producer:
             "group": get("group_id"),
             "group_index": get("group_index"),
             "retries": get("retries") or 0,
-            "timelimit": [get("time_limit"), get("soft_time_limit")],
+            "timelimit": [hard, soft],
             "root_id": root_id or task_id,
             "parent_id": parent_id,
-            "argsrepr": get("argsrepr") or safe_repr(args),
-            "kwargsrepr": get("kwargsrepr") or safe_repr(kwargs),
-            "origin": app.origin,
-            "ignore_result": bool(ignore_result),
+            "argsrepr": get("argsrepr") or safe_repr(args, 1024, levels),
+            "kwargsrepr": get("kwargsrepr") or safe_repr(kwargs, 1024, levels),
+            "origin": origin,
+            "ignore_result": conf.task_ignore_result if ignore_result is None else ignore_result,
             "replaced_task_nesting": get("replaced_task_nesting") or 0,
-            "stamped_headers": get("stamped_headers"),
-            "stamps": {key: get(key) for key in get("stamped_headers") or ()},
+            "stamped_headers": stamped,
+            "stamps": {key: get(key) for key in stamped} if stamped else {},
         }
-        body = pack_body(
-            args,
-            kwargs,
-            as_list(get("link")) or None,
-            as_list(get("link_error")) or None,
-            get("chain"),
-            None,
-        )
-        content_type, content_encoding, data = dumps(body, get("serializer") or conf.task_serializer)
         compression = get("compression") or conf.task_compression
-        if compression:
-            data, headers["compression"] = compress(data, compression)
         extra = get("headers")
         if extra:
-            headers.update(extra)
-
-        priority = get("priority")
-        if priority is None:
-            priority = conf.task_default_priority or 0
-        elif not isinstance(priority, int) or not 0 <= priority <= 255:
-            raise ValueError(f"priority must be a whole number from 0 to 255, not {priority!r}")
+            _add_headers(headers, extra, name)
+        mode = get("delivery_mode")
+        if mode is None:
+            mode = conf.task_default_delivery_mode
+        if mode not in _DELIVERY_MODES:
+            raise ValueError(f"delivery_mode must be 1 (transient) or 2 (persistent), not {mode!r}")
         properties: Dict[str, Any] = {
             "correlation_id": task_id,
-            "reply_to": get("reply_to") or app.thread_oid,
-            "delivery_mode": get("delivery_mode") or conf.task_default_delivery_mode,
+            "reply_to": get("reply_to") or reply_address,
+            "delivery_mode": _DELIVERY_MODES[mode],
             "priority": priority,
         }
         if expiration is not None:
@@ -192,8 +236,28 @@ class Producer:
         for key in options.keys() & PROPERTY_OPTIONS:
             if options[key] is not None:
                 properties[key] = options[key]
+        callbacks = _signatures(get("link"), "link")
+        errbacks = _signatures(get("link_error"), "link_error")
+        chain = get("chain")
+        if chain:
+            check_signatures(chain, "chain")
+        body = pack_body(args, kwargs, callbacks, errbacks, chain, None)
+        if signals.before_task_publish.receivers:
+            signals.before_task_publish.send(
+                sender=name,
+                body=body,
+                exchange=route.exchange,
+                routing_key=route.routing_key,
+                headers=headers,
+                properties=properties,
+                declare=[route.queue] if route.queue else [],
+                retry_policy=get("retry_policy") or conf.task_publish_retry_policy,
+            )
+        content_type, content_encoding, data = dumps(body, get("serializer") or conf.task_serializer)
+        if compression:
+            data, headers["compression"] = compress(data, compression)
         message = Message(data, content_type, content_encoding, headers, properties)
-        return Prepared(Publication(message, route.exchange, route.routing_key), route.queue, task_id)
+        return Prepared(Publication(message, route.exchange, route.routing_key), route.queue, headers["id"])
 
     # -- publish
 
@@ -220,24 +284,15 @@ class Producer:
     ) -> None:
         """Publish one message; return when the broker has it.
 
-        Raises `OperationalError` after `task_publish_timeout` seconds in all, or when
-        `task_publish_retry_policy` gives up earlier.  Nothing was accepted then.
+        Raises `OperationalError` after `task_publish_timeout` (or `timeout_s`) seconds in all, or
+        when the retry policy gives up earlier.
         """
         conf = self.app.conf
         publication, queue, _ = prepared
-        message = publication.message
-        if signals.before_task_publish.receivers:
-            signals.before_task_publish.send(
-                sender=message.headers["task"],
-                body=message.body,
-                exchange=publication.exchange,
-                routing_key=publication.routing_key,
-                headers=message.headers,
-                properties=message.properties,
-                declare=[queue] if queue else [],
-                retry_policy=retry_policy or conf.task_publish_retry_policy,
-            )
         timeout_s = conf.task_publish_timeout if timeout_s is None else timeout_s
+        if retry_policy:
+            retry_policy = SETTINGS["task_publish_retry_policy"].checked(retry_policy)
+        begun_mono = time.monotonic()
         try:
             transport = self.transport
             if queue is not None:
@@ -246,10 +301,10 @@ class Producer:
         except OperationalError as error:
             if not (conf.task_publish_retry if retry is None else retry):
                 raise
-            self._publish_again(
-                prepared, {**conf.task_publish_retry_policy, **(retry_policy or {})}, timeout_s, error
-            )
+            policy = retry_policy or conf.task_publish_retry_policy
+            self._publish_again(prepared, policy, begun_mono + timeout_s, error)
         if signals.after_task_publish.receivers:
+            message = publication.message
             signals.after_task_publish.send(
                 sender=message.headers["task"],
                 headers=message.headers,
@@ -259,26 +314,24 @@ class Producer:
             )
 
     def _publish_again(
-        self, prepared: Prepared, policy: Mapping[str, Any], timeout_s: float, error: OperationalError
+        self, prepared: Prepared, policy: Mapping[str, Any], deadline_mono: float, error: OperationalError
     ) -> None:
         """Retry by Celery's policy: pause interval_start, then interval_step more, up to interval_max."""
-        deadline = time.monotonic() + timeout_s
-        pause: float = policy.get("interval_start", 0)
-        attempts = policy.get("max_retries")
+        pause_s: float = policy["interval_start"]
+        attempts = policy["max_retries"]
         attempt = 0
         while attempts is None or attempt < attempts:
             attempt += 1
-            left = deadline - time.monotonic()
-            if left <= pause:
+            if deadline_mono - time.monotonic() <= pause_s:
                 break
             # Jitter, so that many clients do not come back in the same moment.
-            time.sleep(pause * self._random.uniform(0.5, 1.0))
-            pause = min(pause + policy.get("interval_step", 0.2), policy.get("interval_max", 1))
+            time.sleep(pause_s * self._random.uniform(0.5, 1.0))
+            pause_s = min(pause_s + policy["interval_step"], policy["interval_max"])
             try:
                 transport = self.transport
                 if prepared.queue is not None:
                     transport.declare(prepared.queue)
-                transport.publish((prepared.publication,), max(0.001, deadline - time.monotonic()))
+                transport.publish((prepared.publication,), max(0.001, deadline_mono - time.monotonic()))
                 return
             except OperationalError as again:
                 error = again
@@ -295,3 +348,15 @@ class Producer:
         """Return a new transport that nobody shares; `write` picks `broker_write_url`."""
         url = self.app.broker_url(write)
         return transport_class(url)(url, self.app.conf.broker_transport_options, self.app.wall)
+
+
+def _add_headers(headers: Dict[str, Any], extra: Mapping[str, Any], name: str) -> None:
+    """Merge the caller's own headers in; they may replace miniq's, with something a worker can read."""
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise EncodeError(f"task {name}: headers may hold plain JSON values only: {error}") from error
+    headers.update(extra)
+    wrong = validate_headers(headers)
+    if wrong is not None:
+        raise ValueError(f"task {name}: {wrong}")

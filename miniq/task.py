@@ -9,35 +9,35 @@ attributes; ``None`` means "as the app is configured".
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-)
+from operator import methodcaller
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
-from . import _state, states
-from .canvas import Signature, as_list, signature
-from .exceptions import Ignore, MaxRetriesExceededError, OperationalError, Reject, Retry
-from .producer import TASK_OPTIONS, check_options, new_task_id
+from . import _state
+from .canvas import Signature, signature
+from .exceptions import (
+    Ignore,
+    ImproperlyConfigured,
+    MaxRetriesExceededError,
+    MiniqError,
+    Reject,
+    Retry,
+)
+from .producer import check_limits, check_options, new_task_id
 from .result import AsyncResult, EagerResult
-from .times import backoff_s
+from .serialization import serializer_for
+from .times import backoff_s, parse_rate
 
 if TYPE_CHECKING:
-    from typing import Generic, TypeVar
+    from typing import Generic
 
-    from typing_extensions import ParamSpec
+    from typing_extensions import ParamSpec, TypeVar
 
     P = ParamSpec("P")
-    R = TypeVar("R")
+    #: What calling the task gives: its value, or for an ``async def`` a coroutine.
+    C = TypeVar("C", covariant=True)
+    #: What its result holds.
+    R = TypeVar("R", default=Any)
 
 
 class Context:
@@ -84,16 +84,20 @@ class Context:
     argsrepr: Optional[str] = None
     kwargsrepr: Optional[str] = None
     lang: Optional[str] = None
+    compression: Optional[str] = None
+    content_type: Optional[str] = None
     children: List[Any]
     #: Messages the worker publishes when this run is settled (a retry).
     followups: List[Any]
 
     def __init__(self, *args: Any, **values: Any) -> None:
+        known = self.__dict__
+        for mapping in args:
+            known.update(mapping)
+        known.update(values)
+        # After the message's headers: nobody outside puts anything in here.
         self.children = []
         self.followups = []
-        for mapping in args:
-            self.__dict__.update(mapping)
-        self.__dict__.update(values)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value by name."""
@@ -113,19 +117,22 @@ class Context:
         return self.timelimit[1] if self.timelimit else None
 
 
-#: Name of every option a decorator may set; anything else close to one of these is a typo.
+#: What a decorator may set; a name close to one of these is a typo, others become attributes.
 DECORATOR_OPTIONS = frozenset(
     {
         "name", "bind", "base", "typing", "shared", "lazy", "filter", "throws", "rate_limit", "time_limit",
         "soft_time_limit", "ignore_result", "store_errors_even_if_ignored", "serializer", "compression",
         "backend", "acks_late", "acks_on_failure_or_timeout", "acks_on_failure", "acks_on_timeout",
-        "reject_on_worker_lost", "track_started", "default_retry_delay", "max_retries", "autoretry_for",
-        "dont_autoretry_for", "retry_kwargs", "retry_backoff", "retry_backoff_max", "retry_jitter",
-        "Request", "Strategy", "send_events", "trail", "resultrepr_maxsize", "expires", "priority", "queue",
+        "reject_on_worker_lost", "retry_on_worker_lost", "track_started", "default_retry_delay",
+        "max_retries", "autoretry_for", "dont_autoretry_for", "retry_kwargs", "retry_backoff",
+        "retry_backoff_max", "retry_jitter",
+        "Request", "send_events", "trail", "resultrepr_maxsize", "expires", "priority", "queue",
         "exchange", "routing_key", "delivery_mode", "before_start", "on_success", "on_failure", "on_retry",
-        "after_return",
+        "after_return", "shadow_name",
     }
 )  # fmt: skip
+#: Task options of Celery that are refused here unless they are off.
+REFUSED_OPTIONS = ("Strategy", "pydantic", "pydantic_strict", "pydantic_context", "pydantic_dump_kwargs")
 
 
 class Task:
@@ -152,7 +159,8 @@ class Task:
     acks_on_failure: Optional[bool] = None
     acks_on_timeout: Optional[bool] = None
     reject_on_worker_lost: Optional[bool] = None
-    throws: Tuple[Type[BaseException], ...] = ()
+    retry_on_worker_lost: Optional[bool] = None
+    throws: Any = ()  #: exception classes, as all of these
     expires: Any = None
     priority: Optional[int] = None
     queue: Any = None
@@ -160,22 +168,32 @@ class Task:
     routing_key: Optional[str] = None
     delivery_mode: Optional[int] = None
     resultrepr_maxsize: int = 1024
-    autoretry_for: Tuple[Type[BaseException], ...] = ()
-    dont_autoretry_for: Tuple[Type[BaseException], ...] = ()
+    autoretry_for: Any = ()
+    dont_autoretry_for: Any = ()
     retry_kwargs: Mapping[str, Any] = {}
     retry_backoff: Any = False
     retry_backoff_max: float = 600
     retry_jitter: bool = True
     #: The worker's own record of a message of this task: a class or its dotted path.
     Request: Any = None
-    #: Result backend of this task alone: an URL; None = the app's.
+    #: Result backend of this task alone: a URL, or a backend; None = the app's.
     _backend: Any = None
-    #: True for a function of more than one argument that is not bound: called as errback(request, exc, traceback).
+    #: True for a function of several arguments that is not bound: as an errback it is called with
+    #: (request, exc, traceback).
     takes_errback_arguments: bool = False
     #: The plain function behind the task, for introspection.
     __wrapped__: Optional[Callable[..., Any]] = None
     #: Raises TypeError when called with arguments `run` would not take; built on registration.
     _check_arguments: Optional[Callable[..., None]] = None
+    #: Names of the parameters that may be given by position.
+    _positional: Tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # ``backend = "..."`` in a class means the store; the attribute gives this thread's way to it.
+        if "backend" in cls.__dict__:
+            cls._backend = cls.__dict__["backend"]
+            del cls.backend
 
     # -- to be overridden
 
@@ -212,6 +230,10 @@ class Task:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body here, as a plain function."""
+        frame = _state.current_frame()
+        if frame is not None and frame.task is self and not frame.entered:
+            frame.entered = True  # a worker runs the task through its own __call__
+            return self.run(*args, **kwargs)
         token = _state.push_frame(self, Context(args=args, kwargs=kwargs))
         try:
             return self.run(*args, **kwargs)
@@ -235,30 +257,34 @@ class Task:
         `queue`, `exchange`, `routing_key`, `priority` (0..255), `serializer`, `compression`,
         `link` / `link_error` (signatures), `ignore_result`, `time_limit` / `soft_time_limit` (s),
         `headers`, `shadow`, `argsrepr` / `kwargsrepr`, `retry` / `retry_policy`, `timeout` (s in all),
-        `root_id`, `parent_id`, `reply_to`, `group_id`, `group_index`, `add_to_parent`.
+        `root_id`, `parent_id`, `reply_to`, `group_id`, `group_index`, `add_to_parent`, `chain` (the
+        signatures to run after this one, the next one last).
 
         Raises `TypeError` for arguments the task does not take, `UnknownOption`, `EncodeError`,
         `QueueNotFound`; `OperationalError` when the broker did not take the message in time.
         """
-        args = args or ()
-        kwargs = kwargs or {}
-        app = self.app
-        check = self._check_arguments
-        if check is not None and (app.strict_typing if self.typing is None else self.typing):
-            check(*args, **kwargs)
+        args = () if args is None else args
+        kwargs = {} if kwargs is None else kwargs
+        app = self.app or self._unregistered()
+        self._check(args, kwargs)
         if task_id is not None:
             options["task_id"] = task_id
         if app.conf.task_always_eager:
             return self._apply_eagerly(args, kwargs, options)
-        for key in TASK_OPTIONS:
-            value = getattr(self, key)
-            if value is not None and options.get(key) is None:
-                options[key] = value
-        if options.get("shadow") is None:
-            shadow = self.shadow_name(args, kwargs, options)
-            if shadow is not None:
-                options["shadow"] = shadow
         return app._send(self.name, args, kwargs, options, self)  # type: ignore[no-any-return]
+
+    def _check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if isinstance(args, (str, bytes)):
+            raise TypeError(f"args must be a list or tuple, not {args!r:.100}: write args=({args!r:.40},)")
+        check = self._check_arguments
+        if check is not None and (self.app.strict_typing if self.typing is None else self.typing):
+            check(*args, **kwargs)
+
+    def _unregistered(self) -> NoReturn:
+        raise ImproperlyConfigured(
+            f"the task class {type(self).__qualname__} belongs to no app:"
+            f" app.register_task({type(self).__name__}())"
+        )
 
     def apply(
         self,
@@ -273,19 +299,20 @@ class Task:
     ) -> EagerResult:
         """Run the task here, with everything a worker does; return an `EagerResult`.
 
-        `throw` (default: `task_eager_propagates`) raises the task's exception here.
+        `throw` (default: `task_eager_propagates`) raises the task's exception here.  `options` are
+        those of `apply_async`, and `logfile`, `loglevel` for the request.
         """
+        app = self.app or self._unregistered()
+        log: Dict[str, Any] = {key: options.pop(key) for key in ("logfile", "loglevel") if key in options}
+        options["link"], options["link_error"] = link, link_error
+        options["task_id"], options["retries"] = task_id or new_task_id(), retries
         check_options(options)
-        return self.app.run_eagerly(  # type: ignore[no-any-return]
+        return app.eager_runner.apply(  # type: ignore[no-any-return]
             self,
             list(args or ()),
             dict(kwargs or {}),
-            task_id or new_task_id(),
-            retries,
-            as_list(link),
-            as_list(link_error),
-            self.app.conf.task_eager_propagates if throw is None else throw,
-            options,
+            {**options, **log},
+            app.conf.task_eager_propagates if throw is None else throw,
         )
 
     def _apply_eagerly(
@@ -293,8 +320,8 @@ class Task:
     ) -> EagerResult:
         check_options(options)
         args, kwargs = self.app.through_serializer(args, kwargs, options.get("serializer") or self.serializer)
-        known = ("link", "link_error", "task_id", "retries", "headers", "root_id", "parent_id")
-        return self.apply(args, kwargs, **{key: options[key] for key in known if key in options})
+        options.pop("producer", None)
+        return self.apply(args, kwargs, **options)
 
     # -- signatures
 
@@ -317,8 +344,16 @@ class Task:
 
     @property
     def request(self) -> Any:
-        """The `Context` of the current run."""
-        return _state.request_of(self) or _NO_REQUEST
+        """The `Context` of the current run; one without an id where the task is not running."""
+        return _state.request_of(self) or Context()
+
+    def push_request(self, *args: Any, **values: Any) -> None:
+        """Pretend to run: the values become `request` until `pop_request`.  For tests of a body."""
+        _state.push_frame(self, Context(*args, **values))
+
+    def pop_request(self) -> None:
+        """Take back the last `push_request`."""
+        _state.drop_frame()
 
     @property
     def backend(self) -> Any:
@@ -334,15 +369,22 @@ class Task:
         return AsyncResult(task_id, app=self.app, backend=self._backend, task_name=self.name, **kwargs)
 
     def update_state(
-        self, task_id: Optional[str] = None, state: Optional[str] = None, meta: Any = None, **kwargs: Any
+        self,
+        task_id: Optional[str] = None,
+        state: Optional[str] = None,
+        meta: Any = None,
+        traceback: Optional[str] = None,
     ) -> None:
         """Store a custom state, with `meta` as its result, for this run (or another `task_id`)."""
-        task_id = task_id or self.request.id
+        request = self.request
+        task_id = task_id or request.id
         if not task_id:
             raise ValueError("update_state outside a running task needs task_id=")
         if not state:
             raise ValueError("update_state needs state=, an upper-case word such as 'PROGRESS'")
-        self.app.store_state(self, task_id, state, meta, self.request)
+        own = request if request.id == task_id else Context(id=task_id, is_eager=request.is_eager)
+        runner = self.app.eager_runner if own.is_eager else self.app.runner
+        runner.store_state(self, own, state, meta, traceback)
 
     def retry(
         self,
@@ -359,44 +401,83 @@ class Task:
 
         Waits `countdown` seconds, or until `eta`, else `default_retry_delay`.  After `max_retries`
         (default: the task's; None there = no end) it raises `exc`, or `MaxRetriesExceededError`
-        without one.  With ``throw=False`` the `Retry` is returned instead.  The new message is
-        published together with the settlement of this run.
+        without one.  `args` replace those of this run, `kwargs` and `options` (those of
+        `apply_async`) replace them one by one.  With ``throw=False`` the `Retry` is returned instead.
+
+        The new message is published when this run is settled; of several retries the last counts.
+        One that cannot be sent raises `Reject`.
         """
         request = self.request
-        retries = request.retries + 1
-        limit = self.max_retries if max_retries is None else max_retries
         if request.called_directly:
             # Not in a worker: there is nothing to send again, the caller gets the error itself.
-            raise (
-                exc
-                if exc is not None
-                else Retry("the task was called directly, there is no message to retry")
-            )
-        if eta is None and countdown is None:
-            countdown = self.default_retry_delay
-        if eta is not None:
-            countdown = None
-        call_args = request.args if args is None else args
-        call_kwargs = request.kwargs if kwargs is None else {**(request.kwargs or {}), **kwargs}
+            raise exc if exc is not None else Retry("the task was called directly: no message to retry")
+        call_args, call_kwargs = self._merged_arguments(request, args, kwargs)
+        retries = (request.retries or 0) + 1
+        limit = self.max_retries if max_retries is None else max_retries
         if limit is not None and retries > limit:
             if exc is not None:
                 raise exc
             raise MaxRetriesExceededError(
-                f"Can't retry {self.name}[{request.id}] args:{call_args} kwargs:{call_kwargs}",
+                f"Can't retry {self.name}[{request.id}] args:{request.argsrepr or call_args}"
+                f" kwargs:{request.kwargsrepr or call_kwargs}",
                 task_args=call_args,
                 task_kwargs=call_kwargs,
             )
-        when: Any = countdown if eta is None else eta
-        sig = self.signature_from_request(request, call_args, call_kwargs, retries=retries, **options)
-        retry = Retry(exc=exc, when=when, is_eager=request.is_eager, sig=sig)
-        if not request.is_eager:
-            try:
-                sig.options.update(countdown=countdown, eta=eta)
-                request.followups.append(self.app.prepare_signature(sig))
-            except OperationalError as error:
-                raise Reject(error, requeue=False) from error
+        if eta is not None:
+            countdown = None
+        elif countdown is None:
+            countdown = self.default_retry_delay
+        sig = self.signature_from_request(
+            request, call_args, call_kwargs, retries=retries, countdown=countdown, eta=eta, **options
+        )
+        retry = Retry(exc=exc, when=countdown if eta is None else eta, is_eager=request.is_eager, sig=sig)
+        try:
+            self._check(call_args, call_kwargs)
+            if not request.is_eager:
+                request.followups[:] = [self.app.prepare_signature(sig)]
+        except (MiniqError, TypeError, ValueError) as error:
+            raise Reject(error, requeue=False) from error
         if throw:
             raise retry
+        return retry
+
+    def _merged_arguments(
+        self, request: Context, args: Optional[Sequence[Any]], kwargs: Optional[Mapping[str, Any]]
+    ) -> Tuple[List[Any], Dict[str, Any]]:
+        """Put new arguments over those of `request`, whichever way these were given."""
+        call_args = list(request.args or () if args is None else args)
+        call_kwargs = {**(request.kwargs or {}), **(kwargs or {})}
+        for index, name in enumerate(self._positional[: len(call_args)]):
+            if name in call_kwargs:
+                if args is None:
+                    call_args[index] = call_kwargs.pop(name)
+                elif kwargs is None or name not in kwargs:
+                    del call_kwargs[name]
+        return call_args, call_kwargs
+
+    def retry_after(self, error: Exception) -> Exception:
+        """Return what ends the run instead of `error`: a `Retry`, where `autoretry_for` has it.
+
+        `error` itself where it has not, or was the last one.
+        """
+        never = (Retry, Ignore, Reject, *self.dont_autoretry_for)
+        if isinstance(error, never) or not isinstance(error, self.autoretry_for):
+            return error
+        options = {**self.retry_kwargs, "exc": error, "throw": False}
+        if self.retry_backoff:
+            options["countdown"] = backoff_s(
+                float(self.retry_backoff),
+                self.request.retries or 0,
+                self.retry_backoff_max,
+                self.retry_jitter,
+                random.random,
+            )
+        traceback = error.__traceback__
+        try:
+            retry = self.retry(**options)
+        except Exception as instead:  # safety net: the last error itself, or why it cannot be sent
+            return instead.with_traceback(traceback) if instead is error else instead
+        retry.__cause__ = error
         return retry
 
     def signature_from_request(
@@ -410,6 +491,7 @@ class Task:
         """Return a signature that repeats the current run: same id, place in its workflow, queue."""
         request = self.request if request is None else request
         info = request.delivery_info or {}
+        written = serializer_for(request.content_type) if request.content_type else None
         options: Dict[str, Any] = {
             "task_id": request.id,
             "root_id": request.root_id,
@@ -420,7 +502,10 @@ class Task:
             "group_index": request.group_index,
             "chain": request.chain,
             "expires": request.expires,
-            "headers": request.headers or None,
+            # The header `origin` goes on to name the first sender.
+            "headers": {**(request.headers or {}), "origin": request.origin} if request.origin else None,
+            "serializer": written.name if written is not None else None,
+            "compression": request.compression,
             "reply_to": request.reply_to,
             "priority": info.get("priority"),
             "ignore_result": request.ignore_result,
@@ -448,80 +533,130 @@ class Task:
             immutable=True,
         )
 
-    @contextmanager
-    def retrying_automatically(self) -> Iterator[None]:
-        """Turn an exception of `autoretry_for` into a retry; wraps the body in a worker."""
-        try:
-            yield
-        except (Retry, Ignore, Reject):
-            raise
-        except self.autoretry_for as error:
-            if isinstance(error, tuple(self.dont_autoretry_for)):
-                raise
-            options = dict(self.retry_kwargs)
-            if self.retry_backoff:
-                options["countdown"] = backoff_s(
-                    self.retry_backoff,
-                    self.request.retries,
-                    self.retry_backoff_max,
-                    self.retry_jitter,
-                    random.random,
-                )
-            raise self.retry(exc=error, **options) from error
-
     def __repr__(self) -> str:
         return f"<@task: {self.name} of {self.app!r}>"
 
     def __reduce__(self) -> Any:
-        return _task_by_name, (self.name,)
+        # Through the app, so that what is written names the user's module and not this one.
+        return methodcaller("_task_named", self.name), (self.app or self._unregistered(),)
+
+    def __copy__(self) -> "Task":
+        return self
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "Task":
+        return self
+
+    if not TYPE_CHECKING:  # a checker knows what there is
+
+        def __getattr__(self, name: str) -> Any:
+            raise _state.missing(f"task {self.name}", name)
 
 
-_NO_REQUEST = Context()
-_NO_REQUEST.children = []
+if TYPE_CHECKING:
+
+    class TypedTask(Task, Generic[P, C, R]):
+        """What the decorators return, for type checkers: keeps the parameters of the function."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C: ...
+        def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]: ...
+        def apply_async(
+            self,
+            args: Optional[Sequence[Any]] = None,
+            kwargs: Optional[Mapping[str, Any]] = None,
+            task_id: Optional[str] = None,
+            **options: Any,
+        ) -> AsyncResult[R]: ...
+        def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult[R]: ...  # noqa: N802
 
 
-def _task_by_name(name: str) -> Any:
-    return _state.current_app().tasks[name]
+# -- checks when a task is registered --------------------------------------------------------------
 
 
-def argument_checker(fun: Callable[..., Any], bound: bool) -> Callable[..., None]:
-    """Return a function with the signature of `fun` that does nothing.
+def check_task(task: Task) -> None:
+    """Check the options of a task, wherever they come from; raises `TypeError` or `ValueError`.
 
-    Calling it is the cheapest complete check of arguments there is: the interpreter's own, with its
-    own words in the TypeError.  `bound` leaves out the first parameter (the task itself).
+    A single exception class becomes a tuple of one.
     """
-    code = getattr(fun, "__code__", None)
-    if code is None or hasattr(fun, "__wrapped__"):
+    for option in REFUSED_OPTIONS:
+        if getattr(type(task), option, None):
+            raise ImproperlyConfigured(
+                f"task {task.name}: option {option} is Celery's; this version of miniq does not have it"
+            )
+    for option in ("throws", "autoretry_for", "dont_autoretry_for"):
+        value = getattr(task, option)
+        classes = (value,) if isinstance(value, type) else tuple(value or ())
+        if not all(isinstance(one, type) and issubclass(one, BaseException) for one in classes):
+            raise TypeError(f"task {task.name}: {option} must hold exception classes, not {value!r:.200}")
+        if classes != value:
+            setattr(task, option, classes)
+    try:
+        parse_rate(task.rate_limit)
+    except ValueError as error:
+        raise ValueError(f"task {task.name}: {error}") from None
+    check_limits(task.time_limit, task.soft_time_limit, f"task {task.name}")
+
+
+class Parameters:
+    """What a task function takes.
+
+    `check(*args, **kwargs)` has the signature of the function and does nothing: calling it is the
+    cheapest complete check there is, the interpreter's own, with its own words in the `TypeError`.
+    None where the signature cannot be known (some builtins).  `positional` are the names of
+    parameters that may be given by position.
+    """
+
+    __slots__ = ("check", "positional", "takes_several")
+
+    def __init__(self, fun: Callable[..., Any], skip_first: bool) -> None:
+        spec = _spec_of(fun)
+        if spec and skip_first and spec[0][1].startswith("POSITIONAL"):
+            del spec[0]
+        self.check = None if spec is None else _compile_check(getattr(fun, "__name__", "task"), spec)
+        names = [name for name, kind, _ in spec or () if kind.startswith("POSITIONAL")]
+        self.positional = tuple(names)
+        self.takes_several = len(names) > 1 or any(kind == "VAR_POSITIONAL" for _, kind, _ in spec or ())
+
+
+#: Of each parameter: name, kind (as inspect calls it), whether it has a default.
+_Spec = List[Tuple[str, str, bool]]
+
+
+def _spec_of(fun: Callable[..., Any]) -> Optional[_Spec]:
+    if isinstance(fun, MethodType):
+        spec = _spec_of(fun.__func__)
+        return spec[1:] if spec and spec[0][1].startswith("POSITIONAL") else spec
+    if not isinstance(fun, FunctionType):
         import inspect  # slow to import, and only unusual callables need it
 
-        parameters = list(inspect.signature(fun).parameters.values())[1 if bound else 0 :]
-        spec = [(p.name, p.kind.name, p.default is not p.empty) for p in parameters]
-    else:
-        defaults = len(fun.__defaults__ or ())
-        kw_defaults = fun.__kwdefaults__ or {}
-        count, kwonly = code.co_argcount, code.co_kwonlyargcount
-        names = code.co_varnames
-        spec = [
-            (
-                names[i],
-                "POSITIONAL_ONLY" if i < code.co_posonlyargcount else "POSITIONAL_OR_KEYWORD",
-                i >= count - defaults,
-            )
-            for i in range(count)
-        ]
-        at = count + kwonly
-        if code.co_flags & 0x04:
-            spec.append((names[at], "VAR_POSITIONAL", False))
-            at += 1
-        spec += [(names[i], "KEYWORD_ONLY", names[i] in kw_defaults) for i in range(count, count + kwonly)]
-        if code.co_flags & 0x08:
-            spec.append((names[at], "VAR_KEYWORD", False))
-        if bound:
-            spec = spec[1:] if spec and spec[0][1].startswith("POSITIONAL") else spec
-    return _compile_checker(getattr(fun, "__name__", "task"), spec)
+        try:
+            # A decorated function takes what its wrapper takes, not what the wrapped one does.
+            found = inspect.signature(fun, follow_wrapped=False).parameters.values()
+        except (TypeError, ValueError):
+            return None
+        return [(p.name, p.kind.name, p.default is not p.empty) for p in found]
+    code = fun.__code__
+    names, count, kwonly = code.co_varnames, code.co_argcount, code.co_kwonlyargcount
+    first_default = count - len(fun.__defaults__ or ())
+    spec = [
+        (
+            names[i],
+            "POSITIONAL_ONLY" if i < code.co_posonlyargcount else "POSITIONAL_OR_KEYWORD",
+            i >= first_default,
+        )
+        for i in range(count)
+    ]
+    at = count + kwonly
+    if code.co_flags & 0x04:  # *args
+        spec.append((names[at], "VAR_POSITIONAL", False))
+        at += 1
+    defaults = fun.__kwdefaults__ or {}
+    spec += [(names[i], "KEYWORD_ONLY", names[i] in defaults) for i in range(count, count + kwonly)]
+    if code.co_flags & 0x08:  # **kwargs
+        spec.append((names[at], "VAR_KEYWORD", False))
+    return spec
 
 
-def _compile_checker(name: str, spec: List[Tuple[str, str, bool]]) -> Callable[..., None]:
+def _compile_check(name: str, spec: _Spec) -> Callable[..., None]:
     parts: List[str] = []
     starred = False
     for index, (parameter, kind, optional) in enumerate(spec):
@@ -542,8 +677,5 @@ def _compile_checker(name: str, spec: List[Tuple[str, str, bool]]) -> Callable[.
     namespace: Dict[str, Any] = {}
     # The text is made of parameter names that already passed the compiler once.
     exec(f"def {label}({', '.join(parts)}): pass", namespace)  # noqa: S102
-    checker: Callable[..., None] = namespace[label]
-    return checker
-
-
-__all__ = ["Context", "Task", "argument_checker", "states"]
+    check: Callable[..., None] = namespace[label]
+    return check

@@ -16,7 +16,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any, Iterator
 
+from . import signals
 from .worker.worker import Worker
+
+#: Arguments of Celery's function of this name that have no meaning here.
+WITHOUT_EFFECT = ("loglevel", "logfile", "perform_ping_check", "ping_task_timeout")
 
 
 @contextmanager
@@ -30,11 +34,17 @@ def start_worker(
     """Run a worker of `app` in a thread while the block runs.
 
     Leaving the block stops it warm, after `shutdown_timeout` seconds cold.  `options` are those of
-    `miniq.worker.worker.Worker`.  Raises what kept the worker from starting, or broke it.
+    `miniq.worker.worker.Worker`; what only Celery's function knows (``perform_ping_check``, ...) is
+    accepted without effect.  Raises what kept the worker from starting, or broke it.
     """
+    for name in WITHOUT_EFFECT:
+        options.pop(name, None)
+    signals.test_worker_starting.send(sender=app)
     worker = Worker(app, concurrency=concurrency, pool=pool, **options)
     worker.start_in_thread()
     try:
+        signals.test_worker_started.send(sender=app, worker=worker, consumer=worker.tasks)
         yield worker
     finally:
         worker.close(shutdown_timeout)
+        signals.test_worker_stopped.send(sender=app, worker=worker)

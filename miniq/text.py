@@ -288,8 +288,8 @@ def _attribute(module: ModuleType, attribute: str, path: str) -> Any:
 
 def gen_task_name(app_main: Optional[str], name: str, module: Optional[str]) -> str:
     """Return the automatic name of a task: ``module.function``, with the app's name for ``__main__``."""
-    if module == "__main__" and app_main:
-        module = app_main
+    if module in ("__main__", "__mp_main__"):  # the second is the first, in a spawned child
+        module = app_main or "__main__"
     return f"{module}.{name}" if module else name
 
 

@@ -15,6 +15,7 @@ results in the same moment in which it acknowledges the message.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import os
 import threading
@@ -25,11 +26,12 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tup
 
 from . import _state, signals, states
 from .backends.base import StoredResult
-from .canvas import maybe_signature
+from .canvas import Signature, as_list, check_signatures, signature
 from .exceptions import (
-    DecodeError,
+    BackendError,
     EncodeError,
     Ignore,
+    ImproperlyConfigured,
     InvalidTaskError,
     MiniqError,
     NotRegistered,
@@ -37,11 +39,12 @@ from .exceptions import (
     Retry,
 )
 from .log import get_logger
-from .message import unpack_body
+from .message import HEADER_NAMES, unpack_body
 from .producer import new_task_id
-from .serialization import decompress, dumps, exception_to_dict, loads
+from .result import EagerResult
+from .serialization import dumps, exception_to_dict, loads, serializer
 from .task import Context, Task
-from .text import nearest, safe_repr
+from .text import host_name, nearest, safe_repr
 from .times import to_iso
 from .transports.base import Publication
 
@@ -154,14 +157,28 @@ class Execution:
         self.runtime_s = 0.0
         self.token: Any = None
 
+    def forget(self) -> None:
+        """Let go of the error: its frames lead back here, and hold everything in them till then."""
+        self.error = self.einfo = self.retval = None
+
 
 class TaskRunner:
     """Runs tasks of one app; one object per process, used by all its threads."""
 
     def __init__(self, app: Any, hostname: str) -> None:
+        """Check what every run needs of the settings; raises `ImproperlyConfigured`."""
         self.app = app
         self.hostname = hostname
-        self._loops = threading.local()
+        self._local = threading.local()
+        self._loops: List[Any] = []
+        conf = app.conf
+        serializer(conf.result_serializer)
+        if conf.result_compression:
+            raise ImproperlyConfigured(
+                f"result_compression = {conf.result_compression!r}:"
+                " this version of miniq stores results as they are"
+            )
+        _ = app.accept, app.result_accept
 
     # -- the process around it
 
@@ -173,9 +190,10 @@ class TaskRunner:
     def process_shutdown(self, exitcode: int) -> None:
         """Tell receivers of `worker_process_shutdown` that this process ends."""
         signals.worker_process_shutdown.send(sender=None, pid=os.getpid(), exitcode=exitcode)
-        loop = getattr(self._loops, "loop", None)
-        if loop is not None:
-            loop.close()
+        while self._loops:
+            pid, loop = self._loops.pop()
+            if pid == os.getpid() and not loop.is_running():
+                _close_loop(loop)
 
     # -- the two ways in
 
@@ -188,22 +206,20 @@ class TaskRunner:
         opened = self.open(run)
         if not isinstance(opened, Execution):
             return opened
-        return self.execute(opened, guard)
+        outcome = self.execute(opened, guard)
+        opened.forget()
+        return outcome
 
     def execute(self, ex: Execution, guard: "Optional[AbstractContextManager[Any]]" = None) -> Outcome:
         """Walk an opened execution through the remaining steps."""
-        ex.token = _state.push_frame(ex.task, ex.request)
+        body = self._push(ex)
         try:
             try:
                 self._begin(ex)
                 with guard or _NO_GUARD:
-                    value = (
-                        ex.task.run(*ex.args, **ex.kwargs)
-                        if not ex.task.autoretry_for
-                        else self._autoretry(ex)
-                    )
-                    if hasattr(value, "__await__"):
-                        value = self._run_coroutine(_awaited(ex.task, value))
+                    value = body(*ex.args, **ex.kwargs)
+                if hasattr(value, "__await__"):
+                    value = self.run_coroutine(value, guard)
             except Exception as error:  # safety net around user code: every error becomes a state
                 self._end_with(ex, error)
             else:
@@ -213,24 +229,29 @@ class TaskRunner:
             _state.pop_frame(ex.token)
 
     async def run_async(self, run: Run, guard: "Optional[AbstractContextManager[Any]]" = None) -> Outcome:
-        """Run one task inside a running asyncio loop; a plain function runs in a helper thread."""
+        """Run one task inside a running asyncio loop.
+
+        A plain function runs in a helper thread, where nothing can interrupt it: `guard` is for
+        coroutines.
+        """
         opened = self.open(run)
         if not isinstance(opened, Execution):
             return opened
         ex = opened
         if not is_coroutine_function(ex.task.run):
             import asyncio  # loaded already: only the asyncio pool comes here
-            import contextvars
 
             context = contextvars.copy_context()
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(None, lambda: context.run(self.execute, ex, guard))
-        ex.token = _state.push_frame(ex.task, ex.request)
+            outcome = await loop.run_in_executor(None, lambda: context.run(self.execute, ex))
+            ex.forget()
+            return outcome
+        body = self._push(ex)
         try:
             try:
                 self._begin(ex)
                 with guard or _NO_GUARD:
-                    value = await _awaited(ex.task, ex.task.run(*ex.args, **ex.kwargs))
+                    value = await body(*ex.args, **ex.kwargs)
             except Exception as error:  # safety net around user code: every error becomes a state
                 self._end_with(ex, error)
             else:
@@ -238,6 +259,15 @@ class TaskRunner:
             return self._conclude(ex)
         finally:
             _state.pop_frame(ex.token)
+            ex.forget()
+
+    @staticmethod
+    def _push(ex: Execution) -> Any:
+        """Make the task the current one; return its body: itself, where it has its own ``__call__``."""
+        task = ex.task
+        own_call = type(task).__call__ is not Task.__call__
+        ex.token = _state.push_frame(task, ex.request, not own_call)
+        return task if own_call else task.run
 
     # -- open
 
@@ -248,7 +278,9 @@ class TaskRunner:
         request = Context(
             headers,
             {
+                "retries": headers.get("retries") or 0,
                 "headers": self._custom_headers(headers),
+                "content_type": run.content_type,
                 "properties": run.properties,
                 "delivery_info": run.delivery_info,
                 "correlation_id": run.properties.get("correlation_id"),
@@ -265,16 +297,23 @@ class TaskRunner:
                 raise NotRegistered(
                     name if hint is None else f"{name} (the nearest registered name is {hint})"
                 )
-            body = run.body
-            if headers.get("compression"):
-                body = decompress(body, headers["compression"])
-            value = loads(body, run.content_type, run.content_encoding, self.app.accept)
+            value = loads(
+                run.body,
+                run.content_type,
+                run.content_encoding,
+                self.app.accept,
+                headers.get("compression"),
+            )
             try:
                 args, kwargs, embed = unpack_body(value)
-            except ValueError as error:
+                if embed["chord"] is not None:
+                    raise ValueError("it is a member of a chord, which this version of miniq does not run")
+                # Now rather than when the work is done and its callbacks turn out to be impossible.
+                for key in ("callbacks", "errbacks", "chain"):
+                    if embed[key]:
+                        check_signatures(embed[key], key)
+            except (ValueError, TypeError, ImproperlyConfigured) as error:
                 raise InvalidTaskError(str(error)) from error
-            if embed["chord"] is not None:
-                raise InvalidTaskError("it is a member of a chord, which this version of miniq does not run")
         except MiniqError as error:
             return self.refuse(request, error)
         request.__dict__.update(args=args, kwargs=kwargs, **embed)
@@ -282,7 +321,8 @@ class TaskRunner:
 
     def refuse(self, request: Context, error: BaseException) -> Outcome:
         """Return the outcome of a message that cannot run: FAILURE, and set aside to be replayed."""
-        reason = f"{type(error).__name__}: {error}"
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        reason = f"{type(error).__name__}: {text}"
         logger.error(
             "Task %s[%s] cannot run and is set aside as a dead letter: %s", request.task, request.id, reason
         )
@@ -300,70 +340,97 @@ class TaskRunner:
     # -- begin, body
 
     def _begin(self, ex: Execution) -> None:
+        task = ex.task
         if signals.task_prerun.receivers:
             signals.task_prerun.send(
-                sender=ex.task, task_id=ex.request.id, task=ex.task, args=ex.args, kwargs=ex.kwargs
+                sender=task, task_id=ex.request.id, task=task, args=ex.args, kwargs=ex.kwargs
             )
-        task = ex.task
-        if type(task).before_start is not Task.before_start:
-            task.before_start(ex.request.id or "", ex.args, ex.kwargs)
+        task.before_start(ex.request.id or "", ex.args, ex.kwargs)
         ex.started_mono = monotonic()
 
-    @staticmethod
-    def _autoretry(ex: Execution) -> Any:
-        with ex.task.retrying_automatically():
-            return ex.task.run(*ex.args, **ex.kwargs)
+    #: False where an event loop is closed after each run.
+    keeps_loops = True
 
-    def _run_coroutine(self, coroutine: Any) -> Any:
-        """Run a coroutine to its end in this thread's own loop, kept for the next ones."""
+    def run_coroutine(
+        self, coroutine: Any, guard: "Optional[AbstractContextManager[Any]]" = None
+    ) -> Any:
+        """Run a coroutine to its end in this thread's own loop, which is kept for the next ones.
+
+        `guard` is entered around each of its steps, and looked at while it waits: what that raises
+        is thrown into the coroutine, which can clean up with ``await`` before it ends.
+        """
         import asyncio  # slow to import, and only async def tasks need it
 
-        loop = getattr(self._loops, "loop", None)
-        if loop is None or self._loops.pid != os.getpid():
-            loop = self._loops.loop = asyncio.new_event_loop()
-            self._loops.pid = os.getpid()
-        main = loop.create_task(coroutine)
+        if asyncio._get_running_loop() is not None:
+            return _in_thread(self.run_coroutine, coroutine)
+        local = self._local
+        loop = getattr(local, "loop", None)
+        if loop is None or local.pid != os.getpid():
+            loop = local.loop = asyncio.new_event_loop()
+            local.pid = os.getpid()
+            self._loops.append((local.pid, loop))
+        driver = _Driver(coroutine, guard)
+        main = loop.create_task(driver.run())
+        timer: Any = None
+
+        def look() -> None:
+            nonlocal timer
+            driver.look(main)
+            timer = loop.call_later(GUARD_INTERVAL_S, look)
+
+        if guard is not None:
+            timer = loop.call_later(GUARD_INTERVAL_S, look)
         try:
             return loop.run_until_complete(main)
-        except BaseException:
-            # A soft limit hits the loop, not the coroutine: let it clean up before the next one.
-            main.cancel()
-            loop.run_until_complete(asyncio.gather(main, return_exceptions=True))
-            raise
+        except asyncio.CancelledError as error:
+            raise RuntimeError("the task's coroutine was cancelled") from error
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if not main.done():  # the loop itself was interrupted: let the coroutine clean up
+                main.cancel()
+                loop.run_until_complete(asyncio.wait([main]))
+            if not self.keeps_loops:
+                local.loop = None
+                self._loops.remove((local.pid, loop))
+                _close_loop(loop)
 
     # -- end: one of these
 
     def _succeeded(self, ex: Execution, value: Any) -> None:
         ex.runtime_s = monotonic() - ex.started_mono
-        ex.retval = value
-        request, task = ex.request, ex.task
+        request, task, followups = ex.request, ex.task, ex.followups
+        sent, children = len(followups), len(request.children)
         try:
-            if not ignores_result(ex.task, ex.request):
-                ex.results.append(self.encode(request, states.SUCCESS, value, None, task))
             if request.callbacks:
-                ex.followups.extend(self._callbacks(request, value))
+                followups.extend(self._callbacks(request, value))
             if request.chain:
-                ex.followups.append(self._next_step(request, value))
+                followups.append(self._next_step(request, value))
+            if self.keeps(task, request):
+                self._keep(ex.results, task, self.encode(request, states.SUCCESS, value, None, task))
         except Exception as error:  # safety net: an unencodable value or unusable callback fails the task
-            ex.results.clear()
-            ex.followups.clear()
+            del followups[sent:], request.children[children:]
             self._failed(ex, error)
             return
+        ex.retval = value
         ex.state = states.SUCCESS
 
     def _end_with(self, ex: Execution, error: Exception) -> None:
-        ex.runtime_s = monotonic() - ex.started_mono if ex.started_mono else 0.0
+        if ex.started_mono:
+            ex.runtime_s = monotonic() - ex.started_mono
+            if ex.task.autoretry_for:
+                error = ex.task.retry_after(error)
         if isinstance(error, Retry):
             self._retried(ex, error)
         elif isinstance(error, Ignore):
             ex.state = states.IGNORED
         elif isinstance(error, Reject) and error.requeue:
-            ex.state, ex.action, ex.reason = states.REJECTED, "requeue", str(error.reason)
+            ex.state, ex.action, ex.reason = states.REJECTED, "requeue", _reason(error)
             ex.error = error
         else:
             self._failed(ex, error)
             if isinstance(error, Reject):
-                ex.action, ex.reason = "reject", f"rejected by the task: {error.reason}"
+                ex.action, ex.reason = "reject", f"rejected by the task: {_reason(error)}"
 
     def _failed(self, ex: Execution, error: BaseException) -> None:
         text = format_traceback(error)
@@ -377,10 +444,11 @@ class TaskRunner:
     def _retried(self, ex: Execution, retry: Retry) -> None:
         ex.state = states.RETRY
         ex.error = ex.retval = retry
-        ex.einfo = ExceptionInfo(retry, format_traceback(retry.exc or retry))
-        if not ignores_result(ex.task, ex.request):
+        ex.einfo = ExceptionInfo(retry, format_traceback(retry))
+        if self.keeps(ex.task, ex.request, failed=True):
             cause = exception_to_dict(retry.exc or retry)
-            ex.results.append(self.encode(ex.request, states.RETRY, cause, ex.einfo.traceback, ex.task))
+            result = self.encode(ex.request, states.RETRY, cause, ex.einfo.traceback, ex.task)
+            self._keep(ex.results, ex.task, result)
 
     def failure(
         self, task: Optional[Task], request: Context, error: BaseException, traceback: Optional[str]
@@ -391,16 +459,45 @@ class TaskRunner:
         """
         results: List[StoredResult] = []
         cause = exception_to_dict(error)
-        keeps = not ignores_result(task, request) or (
-            task is not None and _setting(task, "store_errors_even_if_ignored", self.app)
-        )
-        if keeps:
-            results.append(self.encode(request, states.FAILURE, cause, traceback, task))
+        if self.keeps(task, request, failed=True):
+            self._keep(results, task, self.encode(request, states.FAILURE, cause, traceback, task))
         for step in request.chain or ():
-            sig = maybe_signature(step, self.app)
-            if sig is not None and sig.id:
-                results.append(self.encode(Context(id=sig.id), states.FAILURE, cause, traceback))
+            sig = signature(step, app=self.app)
+            if sig.id:
+                later = Context(id=sig.id, task=sig.task, ignore_result=sig.options.get("ignore_result"))
+                if self.keeps(self.app.tasks.get(sig.task), later, failed=True):
+                    results.append(self.encode(later, states.FAILURE, cause, traceback))
         return results, self._errbacks(request, error, traceback)
+
+    # -- results
+
+    def keeps(self, task: Optional[Task], request: Context, failed: bool = False) -> bool:
+        """Say whether a result is stored."""
+        if not ignores_result(task, request):
+            return True
+        return failed and task is not None and bool(_setting(task, "store_errors_even_if_ignored", self.app))
+
+    def _keep(self, results: List[StoredResult], task: Optional[Task], result: StoredResult) -> None:
+        """Leave the result to the worker; where the task has a store of its own, write it there."""
+        if task is None or task._backend is None:
+            results.append(result)
+            return
+        try:
+            self.app.backend_for(task._backend).store([result])
+        except BackendError:
+            logger.exception(
+                "Task %s[%s]: its state %s could not be stored in the task's own backend and is lost",
+                task.name, result.task_id, result.state,
+            )  # fmt: skip
+
+    def store_state(
+        self, task: Task, request: Context, state: str, meta: Any, traceback: Optional[str] = None
+    ) -> None:
+        """Store a custom state at once; see `Task.update_state`."""
+        if isinstance(meta, BaseException):
+            meta = exception_to_dict(meta)
+        result = self.encode(request, state, meta, traceback, task)
+        self.app.backend_for(task._backend).store([result])
 
     # -- follow-ups
 
@@ -410,20 +507,15 @@ class TaskRunner:
         group_id = new_task_id() if len(callbacks) > 1 else None
         found = []
         for index, callback in enumerate(callbacks):
-            sig = maybe_signature(callback, self.app)
-            if sig is None:
-                continue
             options = {} if group_id is None else {"group_id": group_id, "group_index": index}
-            found.append(self._follow(request, sig, (value,), options))
+            found.append(self._follow(request, signature(callback, app=self.app), (value,), options))
         return found
 
     def _next_step(self, request: Context, value: Any) -> Publication:
         """Send the next chain step, the rest of the chain with it."""
-        chain = list(request.chain or [])
-        sig = maybe_signature(chain.pop(), self.app)
-        if sig is None:
-            raise InvalidTaskError("a step of its chain is null")
-        return self._follow(request, sig, (value,), {"chain": chain})
+        rest = list(request.chain or ())
+        step = signature(rest.pop(), app=self.app)
+        return self._follow(request, step, (value,), {"chain": rest})
 
     def _errbacks(
         self, request: Context, error: BaseException, traceback: Optional[str]
@@ -434,23 +526,24 @@ class TaskRunner:
         group_id = new_task_id() if errbacks else None
         for index, errback in enumerate(errbacks):
             try:
-                sig = maybe_signature(errback, self.app)
-                if sig is None:
-                    continue
-                task = self.app.tasks.get(sig["task"])
+                sig = signature(errback, app=self.app)
+                task = self.app.tasks.get(sig.task)
                 if task is not None and task.takes_errback_arguments:
-                    task(request, error, traceback, *sig.args, **sig.kwargs)
+                    value = sig(request, error, traceback)
+                    if hasattr(value, "__await__"):
+                        self.run_coroutine(value)
                 else:
                     options = {"group_id": group_id, "group_index": index}
                     found.append(self._follow(request, sig, (request.id,), options))
             except Exception:  # safety net: one bad errback must not hide the failure or the other errbacks
                 logger.exception(
-                    "Task %s[%s]: its errback %r failed and is skipped", request.task, request.id, errback
-                )
+                    "Task %s[%s]: its errback %s failed and is skipped",
+                    request.task, request.id, safe_repr(errback, 200),
+                )  # fmt: skip
         return found
 
     def _follow(
-        self, request: Context, sig: Any, args: Tuple[Any, ...], options: Dict[str, Any]
+        self, request: Context, sig: Signature, args: Tuple[Any, ...], options: Dict[str, Any]
     ) -> Publication:
         sig = sig.clone(args, **options)
         sig.options.setdefault("root_id", request.root_id or request.id)
@@ -464,36 +557,28 @@ class TaskRunner:
     def _conclude(self, ex: Execution) -> Outcome:
         """Handlers, signals and the log line; their errors are logged and change nothing."""
         task, request, state = ex.task, ex.request, ex.state
-        kind = type(task)
         task_id = request.id or ""
+        name = request.shadow or task.name
         if state == states.SUCCESS:
-            if kind.on_success is not Task.on_success:
-                self._handler(ex, task.on_success, ex.retval, task_id, ex.args, ex.kwargs)
+            self._handler(ex, task.on_success, ex.retval, task_id, ex.args, ex.kwargs)
             if signals.task_success.receivers:
                 signals.task_success.send(sender=task, result=ex.retval, runtime=ex.runtime_s)
             if logger.isEnabledFor(logging.INFO):
                 shown = safe_repr(ex.retval, task.resultrepr_maxsize)
-                logger.info(
-                    "Task %s[%s] succeeded in %ss: %s",
-                    request.shadow or task.name,
-                    task_id,
-                    ex.runtime_s,
-                    shown,
-                )
+                logger.info("Task %s[%s] succeeded in %ss: %s", name, task_id, ex.runtime_s, shown)
         elif state == states.FAILURE:
             self.announce_failure(ex)
-        elif state == states.RETRY:
-            self._handler(ex, task.on_retry, ex.error, task_id, ex.args, ex.kwargs, ex.einfo)
+        elif isinstance(ex.error, Retry):
+            cause = ex.error.exc or ex.error
+            self._handler(ex, task.on_retry, cause, task_id, ex.args, ex.kwargs, ex.einfo)
             if signals.task_retry.receivers:
                 signals.task_retry.send(sender=task, request=request, reason=ex.error, einfo=ex.einfo)
-            logger.info("Task %s[%s] retry: %s", request.shadow or task.name, task_id, ex.error)
+            logger.info("Task %s[%s] retry: %s", name, task_id, ex.error)
         elif state == states.IGNORED:
-            logger.info("Task %s[%s] ignored", request.shadow or task.name, task_id)
+            logger.info("Task %s[%s] ignored", name, task_id)
         else:
-            logger.warning(
-                "Task %s[%s] rejected and requeued: %s", request.shadow or task.name, task_id, ex.reason
-            )
-        if state in (states.SUCCESS, states.FAILURE) and kind.after_return is not Task.after_return:
+            logger.warning("Task %s[%s] rejected and requeued: %s", name, task_id, ex.reason)
+        if state in states.READY_STATES:
             self._handler(ex, task.after_return, state, ex.retval, task_id, ex.args, ex.kwargs, ex.einfo)
         if signals.task_postrun.receivers:
             signals.task_postrun.send(
@@ -523,10 +608,10 @@ class TaskRunner:
                 einfo=einfo,
             )
         name = request.shadow or task.name
-        if isinstance(error, tuple(task.throws)):
+        if isinstance(error, task.throws):
             logger.info("Task %s[%s] raised expected: %s", name, request.id, safe_repr(error))
         elif isinstance(error, Reject):
-            logger.warning("Task %s[%s] rejected: %s", name, request.id, error.reason)
+            logger.warning("Task %s[%s] rejected: %s", name, request.id, _reason(error))
         else:
             logger.error("Task %s[%s] raised unexpected: %s\n%s", name, request.id, safe_repr(error), text)
 
@@ -541,8 +626,6 @@ class TaskRunner:
                 getattr(handler, "__name__", handler),
                 ex.state,
             )
-
-    # -- results
 
     def encode(
         self,
@@ -580,22 +663,216 @@ class TaskRunner:
                 meta.update(request.stamps or {})
         task_id = request.id or ""
         meta["task_id"] = task_id
-        content_type, encoding, body = dumps(meta, conf.result_serializer)
-        return StoredResult(task_id, state, body, content_type, encoding, app.result_expires_s)
+        try:
+            content_type, encoding, body = dumps(meta, conf.result_serializer)
+        except EncodeError:
+            if not conf.result_extended:
+                raise
+            # Arguments that came in by another serializer are no reason to lose the result.
+            meta.update(args=safe_repr(request.args), kwargs=safe_repr(request.kwargs))
+            content_type, encoding, body = dumps(meta, conf.result_serializer)
+        return StoredResult(task_id, state, body, content_type, encoding, conf.result_expires)
 
 
-# -- small helpers -------------------------------------------------------------------------------
+class EagerRunner(TaskRunner):
+    """Runs tasks in the calling program, retries and callbacks too."""
 
-_STANDARD_HEADERS = frozenset(
-    (
-        "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit",
-        "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result",
-        "replaced_task_nesting", "stamped_headers", "stamps", "compression",
-    )
-)  # fmt: skip
-_STANDARD_COUNT = len(_STANDARD_HEADERS)
-_NO_GUARD: "AbstractContextManager[None]" = nullcontext()
-_CO_COROUTINE = 0x80
+    keeps_loops = False
+
+    def __init__(self, app: Any) -> None:
+        super().__init__(app, host_name())
+
+    def apply(
+        self, task: Task, args: List[Any], kwargs: Dict[str, Any], options: Dict[str, Any], throw: bool
+    ) -> EagerResult:
+        """Run `task` to its end; see `Task.apply`.  `options` are calling options, task_id included."""
+        get = options.get
+        task_id = get("task_id")
+        custom = get("headers") or None
+        link, link_error, chain = as_list(get("link")), as_list(get("link_error")), as_list(get("chain"))
+        check_signatures((*link, *link_error, *chain), f"callbacks of task {task.name}")
+        frame = _state.worker_frame()
+        above = frame.request if frame is not None else None
+        retries = get("retries") or 0
+        while True:
+            request = Context(
+                custom or {},
+                id=task_id,
+                task=task.name,
+                args=args,
+                kwargs=kwargs,
+                retries=retries,
+                is_eager=True,
+                called_directly=False,
+                hostname=self.hostname,
+                correlation_id=task_id,
+                headers=custom,
+                callbacks=link,
+                errbacks=link_error,
+                chain=chain,
+                group=get("group_id"),
+                group_index=get("group_index"),
+                root_id=get("root_id") or (above and (above.root_id or above.id)) or task_id,
+                parent_id=get("parent_id") or (above and above.id),
+                ignore_result=get("ignore_result"),
+                timelimit=[get("time_limit"), get("soft_time_limit")],
+                shadow=get("shadow") or task.shadow_name(args, kwargs, options),
+                reply_to=get("reply_to"),
+                loglevel=get("loglevel"),
+                logfile=get("logfile"),
+                delivery_info={
+                    "is_eager": True,
+                    "exchange": get("exchange"),
+                    "routing_key": get("routing_key"),
+                    "priority": get("priority"),
+                },
+            )
+            ex = Execution(task, request, args, kwargs)
+            outcome = self.execute(ex)
+            retry = ex.error
+            if not isinstance(retry, Retry) or retry.sig is None:
+                break
+            args, kwargs = list(retry.sig.args), dict(retry.sig.kwargs)
+            retries += 1
+        if outcome.results:
+            self.app.backend_for(None).store(outcome.results)
+        for sig in ex.followups:
+            self._run_followup(sig, throw)
+        error, text = ex.error, ex.einfo.traceback if ex.einfo else None
+        if throw and error is not None and outcome.state in states.PROPAGATE_STATES:
+            raise error
+        return EagerResult(
+            task_id or "", ex.retval, outcome.state, text, task.name, self.app, request.children
+        )
+
+    def _run_followup(self, sig: Any, throw: bool) -> None:
+        task = self.app.tasks[sig.task]
+        options = {"task_id": sig.id, **sig.options}
+        self.apply(task, list(sig.args), dict(sig.kwargs), options, throw)
+
+    def _follow(
+        self, request: Context, sig: Signature, args: Tuple[Any, ...], options: Dict[str, Any]
+    ) -> Any:
+        sig = sig.clone(args, **options)
+        for key, value in (
+            ("task_id", new_task_id()),
+            ("root_id", request.root_id),
+            ("parent_id", request.id),
+        ):
+            sig.options.setdefault(key, value)
+        request.children.append(((sig.id, None), None))
+        return sig
+
+    def keeps(self, task: Optional[Task], request: Context, failed: bool = False) -> bool:
+        """Say whether a result is stored: only where `task_store_eager_result` is on."""
+        return self.app.conf.task_store_eager_result and super().keeps(task, request, failed)
+
+    def store_state(
+        self, task: Task, request: Context, state: str, meta: Any, traceback: Optional[str] = None
+    ) -> None:
+        """Store a custom state, where results are stored at all."""
+        if self.app.conf.task_store_eager_result:
+            super().store_state(task, request, state, meta, traceback)
+
+
+# -- coroutines ------------------------------------------------------------------------------------
+
+#: Seconds between two looks at the guard of a coroutine that waits.
+GUARD_INTERVAL_S = 0.1
+#: Seconds what a task left running in its loop gets to end when the loop is closed.
+LEFTOVERS_S = 1.0
+
+
+class _Driver:
+    """Passes the steps of a coroutine through a guard, and what the guard raises into the coroutine."""
+
+    def __init__(self, coroutine: Any, guard: "Optional[AbstractContextManager[Any]]") -> None:
+        self._coroutine = coroutine
+        self._steps = coroutine.__await__()
+        self._guard = guard
+        #: What to throw instead of the CancelledError by which asyncio wakes a waiting task.
+        self._error: Optional[BaseException] = None
+        self._main: Any = None
+
+    async def run(self) -> Any:
+        return await self
+
+    def __await__(self) -> "_Driver":
+        return self
+
+    __iter__ = __await__
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    def send(self, value: Any) -> Any:
+        return self._step(self._steps.send, value)
+
+    def throw(self, error: Any, *rest: Any) -> Any:
+        if self._error is not None:  # it was us who cancelled
+            error, self._error, rest = self._error, None, ()
+            if hasattr(self._main, "uncancel"):  # Python 3.11
+                self._main.uncancel()
+        return self._step(self._steps.throw, error, *rest)
+
+    def close(self) -> None:
+        self._steps.close()
+
+    def _step(self, step: Any, *args: Any) -> Any:
+        if self._guard is None:
+            return step(*args)
+        entered = False
+        try:
+            with self._guard:
+                entered = True
+                return step(*args)
+        except BaseException as error:
+            if entered:
+                raise
+            self._guard = None
+            return self._steps.throw(error)
+
+    def look(self, main: Any) -> None:
+        """Throw into a waiting coroutine what its guard has to say."""
+        try:
+            if self._guard is not None:
+                with self._guard:
+                    pass
+        except BaseException as error:
+            self._guard, self._error, self._main = None, error, main
+            main.cancel()
+
+
+def _in_thread(call: Any, *args: Any) -> Any:
+    """Call in a thread of its own, in this context, and wait: asyncio loops do not nest."""
+    ended: List[Any] = []
+    errors: List[BaseException] = []
+
+    def target() -> None:
+        try:
+            ended.append(call(*args))
+        except BaseException as error:  # safety net: raised again below, in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(target,), name="miniq-coroutine")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return ended[0]
+
+
+def _close_loop(loop: Any) -> None:
+    import asyncio  # loaded already: there is a loop
+
+    leftovers = asyncio.all_tasks(loop)
+    for task in leftovers:
+        task.cancel()
+    if leftovers:
+        loop.run_until_complete(asyncio.wait(leftovers, timeout=LEFTOVERS_S))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
 
 
 def is_coroutine_function(fun: Any) -> bool:
@@ -604,11 +881,12 @@ def is_coroutine_function(fun: Any) -> bool:
     return code is not None and bool(code.co_flags & _CO_COROUTINE)
 
 
-async def _awaited(task: Task, awaitable: Any) -> Any:
-    if task.autoretry_for:
-        with task.retrying_automatically():
-            return await awaitable
-    return await awaitable
+# -- small helpers -------------------------------------------------------------------------------
+
+_STANDARD_HEADERS = frozenset((*HEADER_NAMES, "compression"))
+_STANDARD_COUNT = len(_STANDARD_HEADERS)
+_NO_GUARD: "AbstractContextManager[None]" = nullcontext()
+_CO_COROUTINE = 0x80
 
 
 def _setting(task: Task, name: str, app: Any) -> Any:
@@ -618,10 +896,14 @@ def _setting(task: Task, name: str, app: Any) -> Any:
 
 
 def ignores_result(task: Optional[Task], request: Context) -> bool:
-    """Say whether no result is kept: the caller's word in the message, else the task's, else False."""
+    """Say whether no result is kept: the caller's word in the message, else the task's, else the setting."""
     if request.ignore_result is not None:
         return bool(request.ignore_result)
-    return task is not None and bool(task.ignore_result)
+    return task is not None and bool(_setting(task, "ignore_result", task.app))
+
+
+def _reason(error: Reject) -> str:
+    return str(error.reason) if isinstance(error.reason, str) else safe_repr(error.reason, 500)
 
 
 def format_traceback(error: BaseException) -> str:
@@ -633,7 +915,8 @@ def format_traceback(error: BaseException) -> str:
         tb = error.__traceback__
         while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
             tb = tb.tb_next
-        lines = traceback_module.format_exception(type(error), error, tb, limit=MAX_TRACEBACK_FRAMES)
+        # Negative: the innermost frames, where it happened.
+        lines = traceback_module.format_exception(type(error), error, tb, limit=-MAX_TRACEBACK_FRAMES)
         text = "".join(lines)
     except Exception as broken:  # safety net: __str__ or __cause__ of a user's exception may do anything
         text = f"{type(error).__name__}: (its traceback could not be written: {type(broken).__name__})\n"

@@ -18,6 +18,22 @@ from miniq import MiniQ, _state
 KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
+#: Lines for the end of the run: what was measured and is not asserted.
+TOLD = pytest.StashKey[List[str]]()
+
+
+@pytest.fixture
+def tell(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Print a line at the end of the run."""
+    return pytestconfig.stash.setdefault(TOLD, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what tests had to tell."""
+    for line in config.stash.get(TOLD, []):
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail at the end of the run if a child process or a thread of it still lives."""
@@ -29,7 +45,9 @@ def nothing_left_behind() -> Iterator[None]:
     ]
     assert not threads, f"threads left behind: {threads}"
     children = [
-        child for child in children_of(os.getpid()) if not any(kept in child.command for kept in KEPT_BY_PYTHON)
+        child
+        for child in children_of(os.getpid())
+        if not any(kept in child.command for kept in KEPT_BY_PYTHON)
     ]
     assert not children, f"processes left behind: {children}"
 

@@ -40,7 +40,11 @@ def consumer(transport: SQLiteTransport) -> SQLiteConsumer:
 
 def put(transport: SQLiteTransport, *names: str, **headers: Any) -> None:
     transport.publish(
-        [Publication(Message(b"body", "", "", {"task": "t", "id": n, **headers}, {}), "", "work") for n in names], 30
+        [
+            Publication(Message(b"body", "", "", {"task": "t", "id": n, **headers}, {}), "", "work")
+            for n in names
+        ],
+        30,
     )
 
 
@@ -88,18 +92,21 @@ def test_rows_that_are_no_messages_come_out_as_garbage_and_stop_nobody(
 ) -> None:
     put(transport, "first")
     envelopes: List[Any] = [
-        "no json", b"\xff\xfe\x00", None, "[1, 2]", '{"headers": 5, "properties": {}}', '{"headers": {}}', "[" * 100_000,
+        "no json", b"\xff\xfe\x00", None, "[1, 2]",
+        '{"headers": 5, "properties": {}}', '{"headers": {}}', "[" * 100_000,
     ]  # fmt: skip
     database = transport._database()
     with database.transaction():
         for number, envelope in enumerate(envelopes):
             database.write(
-                "INSERT INTO messages(queue, state, priority, due, deliveries, envelope, body) VALUES('work',2,0,?,0,?,?)",
+                "INSERT INTO messages(queue, state, priority, due, deliveries, envelope, body)"
+                " VALUES('work', 2, 0, ?, 0, ?, ?)",
                 (time.time(), envelope, f"body {number}"),
             )
         database.write(
-            "INSERT INTO messages(queue, state, priority, due, deliveries, exchange, routing_key, envelope, body)"
-            " VALUES('work', 2, 0, ?, 0, CAST(x'ff41' AS TEXT), CAST(x'fe' AS TEXT), '{\"headers\": {}, \"properties\": {}}', NULL)",
+            "INSERT INTO messages(queue, state, priority, due, deliveries, exchange, routing_key,"
+            " envelope, body) VALUES('work', 2, 0, ?, 0, CAST(x'ff41' AS TEXT), CAST(x'fe' AS TEXT),"
+            ' \'{"headers": {}, "properties": {}}\', NULL)',
             (time.time(),),
         )
     put(transport, "last")
@@ -131,7 +138,9 @@ def test_thousands_that_fall_due_together_come_out_by_due_in_portions(
     assert found == names
 
 
-def test_row_numbers_that_come_again_confuse_nobody(transport: SQLiteTransport, consumer: SQLiteConsumer) -> None:
+def test_row_numbers_that_come_again_confuse_nobody(
+    transport: SQLiteTransport, consumer: SQLiteConsumer
+) -> None:
     put(transport, "a")
     (first,) = consumer.poll(1)
     assert consumer.ack(first)
@@ -163,7 +172,9 @@ def test_follow_up_is_taken_in_the_transaction_that_published_it(
     backend.close()
 
 
-def test_idle_polls_and_housekeeping_write_nothing(transport: SQLiteTransport, consumer: SQLiteConsumer) -> None:
+def test_idle_polls_and_housekeeping_write_nothing(
+    transport: SQLiteTransport, consumer: SQLiteConsumer
+) -> None:
     put(transport, "later", eta=to_iso(time.time() + 3600))
     before = transport._database().connection.total_changes
     blocker = sqlite3.connect(transport._path, isolation_level=None)

@@ -21,11 +21,14 @@ from .base import Backend, StoredResult
 #: Rows that one `expire` deletes in one transaction, and how many of these it does at most.
 EXPIRE_BATCH = 1000
 EXPIRE_ROUNDS = 100
+#: SQLite holds a row of at most 1,000,000,000 bytes.
+MAX_BODY_BYTES = 999_000_000
 
 _FINAL = ", ".join(f"'{state}'" for state in sorted(READY_STATES))
 # states.may_replace in SQL; a result past its time is as good as none.
 _STORE = (
-    "INSERT INTO results(task_id, state, body, content_type, content_encoding, expires) VALUES(?, ?, ?, ?, ?, ?)"
+    "INSERT INTO results(task_id, state, body, content_type, content_encoding, expires)"
+    " VALUES(?, ?, ?, ?, ?, ?)"
     " ON CONFLICT(task_id) DO UPDATE SET state=excluded.state, body=excluded.body, expires=excluded.expires,"
     " content_type=excluded.content_type, content_encoding=excluded.content_encoding"
     " WHERE (results.state<>'SUCCESS'"
@@ -67,12 +70,23 @@ class SQLiteBackend(Backend):
             )
             for task_id, state, body, content_type, encoding, expires_s in results
         ]
+        first = results[0]
+        for result in results:
+            if len(result.body) > MAX_BODY_BYTES:
+                raise BackendStoreError(
+                    f"SQLite file {self._path!r}: a result of {len(result.body)} bytes is too large,"
+                    f" the most is {MAX_BODY_BYTES}", task_id=result.task_id, state=result.state,
+                )  # fmt: skip
+        joins = False
         try:
             db = self._database()
+            joins = db.depth > 0
             with db.transaction(self._options.worker_synchronous):
                 db.write_many(_STORE, rows)
         except OperationalError as error:
-            first = results[0]
+            if joins:
+                # Not about these results: the whole transaction cannot be, and is to be tried again.
+                raise
             raise BackendStoreError(str(error), task_id=first.task_id, state=first.state) from error
 
     def fetch(self, task_ids: Sequence[str]) -> Dict[str, StoredResult]:
@@ -87,7 +101,8 @@ class SQLiteBackend(Backend):
                 chunk = task_ids[start : start + MAX_VARIABLES]
                 rows = db.read(
                     "SELECT task_id, state, body, content_type, content_encoding, expires FROM results"
-                    f" WHERE task_id IN ({','.join('?' * len(chunk))}) AND (expires IS NULL OR expires>?){condition}",
+                    f" WHERE task_id IN ({','.join('?' * len(chunk))})"
+                    f" AND (expires IS NULL OR expires>?){condition}",
                     (*chunk, now),
                 )
                 for task_id, state, body, content_type, encoding, expires in rows:

@@ -32,7 +32,9 @@ def add_parsers(subparsers: Any) -> None:
     call.add_argument("--exchange", help="exchange to send it to")
     call.add_argument("--routing-key", help="routing key")
     call.add_argument("--serializer", help="json (default), pickle, ...")
-    call.add_argument("--wait", type=float, metavar="SECONDS", help="wait for the result and print it as JSON")
+    call.add_argument(
+        "--wait", type=float, metavar="SECONDS", help="wait for the result and print it as JSON"
+    )
 
     result = subparsers.add_parser("result", help="print the result of a task")
     result.set_defaults(run=run_result)
@@ -60,6 +62,7 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def run_call(app: Any, options: argparse.Namespace) -> int:
+    """Send a task; wait for its result if asked to."""
     args, kwargs = _json(options.args, "--args", list), _json(options.kwargs, "--kwargs", dict)
     expires: Any = options.expires
     try:
@@ -86,26 +89,40 @@ def run_call(app: Any, options: argparse.Namespace) -> int:
 
 
 def run_result(app: Any, options: argparse.Namespace) -> int:
+    """Print what is known of a task."""
     result = app.AsyncResult(options.id)
     if options.task:
         app.import_modules()
         result = app.tasks[options.task].AsyncResult(options.id)
     state, value, text = result.state, result.result, result.traceback
     if options.json:
-        print(json.dumps({"id": options.id, "state": state, "result": value, "traceback": text}, default=safe_repr))
+        print(
+            json.dumps(
+                {"id": options.id, "state": state, "result": value, "traceback": text}, default=safe_repr
+            )
+        )
     elif options.traceback and text:
         print(text)
     else:
-        print(f"{state}: {value!r}" if state != "PENDING" else "PENDING: nothing is known of this id (yet, or any more)")
+        print(
+            f"{state}: {value!r}"
+            if state != "PENDING"
+            else "PENDING: nothing is known of this id (yet, or any more)"
+        )
     return 0
 
 
 def run_purge(app: Any, options: argparse.Namespace) -> int:
+    """Delete what waits in queues; asks first."""
     table = app.router.queues
     names = options.queues.split(",") if options.queues else list(table)
     names = [name for name in names if name not in (options.exclude_queues or "").split(",")]
     if not options.force:
-        print(f"This deletes every waiting message of: {', '.join(names)}. Really? [yes/no] ", end="", flush=True)
+        print(
+            f"This deletes every waiting message of: {', '.join(names)}. Really? [yes/no] ",
+            end="",
+            flush=True,
+        )
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("Nothing was deleted.")
             return 1
@@ -116,6 +133,7 @@ def run_purge(app: Any, options: argparse.Namespace) -> int:
 
 
 def run_queues(app: Any, options: argparse.Namespace) -> int:
+    """Print the sizes of all queues."""
     sizes = app.producer.transport.sizes()
     if options.json:
         print(json.dumps([size._asdict() for size in sizes]))
@@ -129,6 +147,7 @@ def run_queues(app: Any, options: argparse.Namespace) -> int:
 
 
 def run_dead(app: Any, options: argparse.Namespace) -> int:
+    """List, show, replay or drop dead letters."""
     transport = app.producer.transport
     if options.action in ("list", "show"):
         letters = transport.dead_letters(options.limit)
@@ -146,7 +165,15 @@ def run_dead(app: Any, options: argparse.Namespace) -> int:
             for letter in letters:
                 headers = letter.message.headers
                 when = to_iso(letter.at)[:19]
-                rows.append((letter.id, when, letter.queue, f"{headers.get('task')}[{headers.get('id')}]", letter.reason))
+                rows.append(
+                    (
+                        letter.id,
+                        when,
+                        letter.queue,
+                        f"{headers.get('task')}[{headers.get('id')}]",
+                        letter.reason,
+                    )
+                )
             _print_table(rows)
         return 0
     if not options.id:
@@ -191,5 +218,3 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths: List[int] = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from types import ModuleType
-from typing import Any, List, NoReturn, Optional, Sequence
+from typing import Any, NoReturn, Optional, Sequence
 
 from .. import __version__
 from ..app import MiniQ
@@ -25,9 +25,12 @@ examples:
   python -m miniq -A proj worker -l INFO -c 4      run a worker with 4 processes
   python -m miniq -A proj call proj.add -a '[2, 3]'
   python -m miniq -b sqlite:///jobs.db queues       what waits where
-  python -m miniq dead list                         messages that were set aside
+  python -m miniq -A proj dead list                 messages that were set aside
 
-Environment: APP (as -A), MINIQ_BROKER_URL or CELERY_BROKER_URL, MINIQ_RESULT_BACKEND or CELERY_RESULT_BACKEND.
+environment (where neither -b nor the app says otherwise):
+  APP                                               as -A
+  MINIQ_BROKER_URL, CELERY_BROKER_URL               as -b
+  MINIQ_RESULT_BACKEND, CELERY_RESULT_BACKEND       as --result-backend
 """
 
 
@@ -38,28 +41,36 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
-        self.known_options: List[str] = []
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        self.known_options = [*getattr(self, "known_options", []), *(a for a in args if a.startswith("-"))]
-        return super().add_argument(*args, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
-            hint = nearest(word, self.known_options) if word.startswith("-") else None
-            self.error(f"unknown argument {unknown[0]!r}{f': did you mean {hint}?' if hint else ''}")
+            hint = nearest(word, self._option_string_actions) if word.startswith("-") else None
+            advice = f": did you mean {hint}?" if hint else ""
+            if word in GLOBAL_OPTIONS:
+                program, _, name = self.prog.rpartition(" ")
+                advice = f": it goes before the command, as in {program} {word} ... {name}"
+            self.error(f"unknown argument {unknown[0]!r}{advice}")
         return found, unknown
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = nearest(str(value), choices)
+            text = (
+                f"{value!r} is not one of {', '.join(choices)}{f': did you mean {hint!r}?' if hint else ''}"
+            )
+            raise argparse.ArgumentError(action, text)
+
     def error(self, message: str) -> NoReturn:
-        if "invalid choice: " in message:
-            word = message.split("invalid choice: ", 1)[1].split("'")[1]
-            choices = [c for action in self._actions for c in (action.choices or ())]
-            hint = nearest(word, [str(choice) for choice in choices])
-            if hint:
-                message = f"{word!r} is not one of {', '.join(map(str, choices))}: did you mean {hint!r}?"
         self.exit(2, f"{self.prog}: error: {mask_urls(message)}\n(try {self.prog} --help)\n")
+
+
+#: Options of the program, not of one command.
+GLOBAL_OPTIONS = frozenset(
+    "-A --app -b --broker --result-backend --config --workdir -C --no-color -q --quiet".split()
+)
 
 
 def build_parser() -> Parser:
@@ -102,8 +113,7 @@ def main(argv: Optional[Sequence[str]] = None, app: Optional[MiniQ] = None) -> i
     if options.no_color:
         os.environ["NO_COLOR"] = "1"
     with warnings.catch_warnings():
-        # Settings that need attention are shown as lines of ours, not as Python warnings.
-        warnings.showwarning = _show_warning
+        _show_own_warnings_as_lines()
         try:
             app = app or load_app(options.app or os.environ.get("APP"), options.command == "worker")
             configure(app, options)
@@ -115,15 +125,18 @@ def main(argv: Optional[Sequence[str]] = None, app: Optional[MiniQ] = None) -> i
             return 1
         except MiniqError as error:
             return fail(error)
-        except ImportError as error:
-            if error.__traceback__ is not None and _inside_user_code(error):
-                raise
+        except (ImportError, AttributeError) as error:
+            if not _is_of_import_by_name(error):
+                raise  # the user's own code failed: the traceback tells where
             return fail(error)
 
 
-def _inside_user_code(error: BaseException) -> bool:
-    """Say whether an import failed in a module that was found: then the traceback helps."""
-    return getattr(error, "name", None) is None or not str(error).startswith("cannot import ")
+def _is_of_import_by_name(error: BaseException) -> bool:
+    """Say whether `text.import_object` raised it: then its text says all."""
+    entry = error.__traceback__
+    while entry is not None and entry.tb_next is not None:
+        entry = entry.tb_next
+    return entry is not None and entry.tb_frame.f_globals.get("__name__") == import_object.__module__
 
 
 def fail(error: object) -> int:
@@ -132,8 +145,19 @@ def fail(error: object) -> int:
     return 1
 
 
-def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    print(f"Warning: {mask_urls(str(message))}", file=sys.stderr)
+def _show_own_warnings_as_lines() -> None:
+    """Show warnings about settings and the like as one line; those of other code stay as they are."""
+    others = warnings.showwarning
+
+    def show(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if category.__module__ == MiniqError.__module__ or category is UserWarning:
+            print(f"Warning: {mask_urls(str(message))}", file=sys.stderr)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
 
 
 def configure(app: MiniQ, options: argparse.Namespace) -> None:
@@ -159,7 +183,9 @@ def load_app(name: Optional[str], needed: bool) -> MiniQ:
     """
     if not name:
         if needed:
-            raise MiniqError("a worker needs to know its app: give it with -A, for example -A proj or -A proj.tasks:app")
+            raise MiniqError(
+                "a worker needs to know its app: give it with -A, for example -A proj or -A proj.tasks:app"
+            )
         return MiniQ("default")
     if ":" in name:
         found = import_object(name)
@@ -188,7 +214,8 @@ def load_app(name: Optional[str], needed: bool) -> MiniQ:
                 raise
     if in_module is None:
         raise MiniqError(
-            f"-A {name}: the module has no app; make one with `app = MiniQ(...)` in it, or name it: -A {name}:NAME"
+            f"-A {name}: the module has no app; make one with `app = MiniQ(...)` in it,"
+            f" or say where it is: -A {name}:NAME"
         )
     return in_module
 

@@ -8,24 +8,34 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from .. import __version__
-from ..exceptions import ImproperlyConfigured, MiniqError
-from ..log import get_logger, setup_worker_logging
+from ..exceptions import MiniqError
+from ..log import level_number
 from ..pools.base import POOLS
 from ..text import expand_file_name, mask_url
 from ..worker.worker import Worker
 
-logger = get_logger(__name__)
-
 EX_CANTCREAT = 73
+#: The same signal again within this many seconds is one that came twice: once to the process and once
+#: to its group, as `timeout`, shells and some init programs send it.
+TWICE_S = 0.2
+
 EPILOG = """\
 signals:
-  TERM, INT   warm shutdown: finish what runs, hand back the rest; again: cold; a third time: at once
-  QUIT        cold shutdown: stop what runs; late-acked tasks go back to their queue
-  USR1        print the stacks of all threads
+  TERM, INT, HUP  warm shutdown: hand back what has not started, finish what runs (for at most
+                  worker_soft_shutdown_timeout seconds, if set); again: cold; a third time: at once
+  QUIT            cold shutdown: stop what runs; late-acked tasks go back to their queue
+                  (warm for worker_soft_shutdown_timeout seconds first, if set)
+  USR1            print the stacks of all threads
+With REMAP_SIGTERM=SIGQUIT in the environment TERM means QUIT.
+
+exit codes:
+  0  all ended in order    1  an error, or running tasks were lost    2  wrong command line
+  73  the pid file cannot be made, or names a living process
 
 examples:
   python -m miniq -A proj worker -l INFO
@@ -45,38 +55,53 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("worker", help="run tasks", description="Run tasks.", epilog=EPILOG)
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("-n", "--hostname", help="node name; %%h host, %%n its first part, %%d its domain (default celery@%%h)")
+    add(
+        "-n",
+        "--hostname",
+        help="node name; %%h host, %%n its first part, %%d its domain (default celery@%%h)",
+    )
     add("-c", "--concurrency", type=_count, help="how many tasks run at once (default: CPUs)")
     add("-P", "--pool", help=f"{', '.join(sorted(POOLS))}, or module:Class (default prefork)")
     add("-Q", "--queues", help="consume from these queues only (comma-separated)")
     add("-X", "--exclude-queues", help="do not consume from these queues")
-    add("-I", "--include", help="import these modules first (comma-separated)")
+    add("-I", "--include", help="import these modules too (comma-separated)")
     add("-l", "--loglevel", default="WARNING", help="DEBUG, INFO, WARNING (default), ERROR or CRITICAL")
-    add("-f", "--logfile", help="log to this file; %%n %%h %%p node name, %%i %%I number of the child")
-    add("--pidfile", help="write the process id here; refuse to start when it names a live process")
+    add(
+        "-f",
+        "--logfile",
+        help="log to this file; %%p node name, %%n %%h its parts, %%i %%I number of the child",
+    )
+    add("--pidfile", help="write the process id here; refuse to start when it names a living process")
     add("-O", dest="optimization", choices=("default", "fair"), help="accepted; the pool is always fair")
-    add("--time-limit", type=_seconds, help="hard time limit of tasks in seconds")
-    add("--soft-time-limit", type=_seconds, help="soft time limit of tasks in seconds")
+    add("--time-limit", type=_seconds, help="hard time limit in seconds, for tasks that have none")
+    add("--soft-time-limit", type=_seconds, help="soft time limit in seconds, for tasks that have none")
     add("--max-tasks-per-child", type=_count, help="replace a child after this many tasks")
     add("--max-memory-per-child", type=_count, help="replace a child that uses more KiB after a task")
     add("--pool-start-method", choices=("fork", "forkserver", "spawn"), help="how children are made")
-    add("--prefetch-multiplier", type=_count, help="1: take messages for free slots only (default)")
+    add(
+        "--prefetch-multiplier", type=_count_or_0,
+        help="1: take messages for free slots only (default); n: up to (n-1) x concurrency more; 0: many",
+    )  # fmt: skip
     add("--disable-prefetch", action="store_true", help="the same as --prefetch-multiplier=1")
     add("--autoscale", type=_autoscale, metavar="MAX,MIN", help="grow and shrink the pool with the load")
     add("--purge", "--discard", action="store_true", help="delete what waits in the queues first")
-    add("-B", "--beat", action="store_true", help="not available yet: schedules come with the command beat")
+    add("-B", "--beat", action="store_true", help="not available: this version has no scheduler")
     for flag, why in WITHOUT_EFFECT.items():
         add(flag, action="store_true", help=f"accepted without effect: {why}")
 
 
-def _count(text: str) -> int:
+def _count_or_0(text: str, least: int = 0) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+        value = -1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
     return value
+
+
+def _count(text: str) -> int:
+    return _count_or_0(text, 1)
 
 
 def _seconds(text: str) -> float:
@@ -103,11 +128,12 @@ def run(app: Any, options: argparse.Namespace) -> int:
     """Run a worker until it is told to stop; return the exit code."""
     if options.beat:
         raise MiniqError(
-            "-B: the scheduler (beat) is not part of this version; start the worker without -B and send"
-            " periodic tasks from cron or a timer"
+            "-B: this version has no scheduler (beat); start the worker without -B and send periodic tasks"
+            " from cron or a timer"
         )
+    level_number(options.loglevel)  # before anything is imported
     if options.include:
-        app.conf.update({"include": [*app.conf.include, *options.include.split(",")]}, "the command line")
+        app.conf.update({"include": [*app.conf.include, *_names(options.include)]}, "the command line")
     worker = Worker(
         app,
         hostname=options.hostname,
@@ -125,21 +151,30 @@ def run(app: Any, options: argparse.Namespace) -> int:
         purge=options.purge,
         log=log_options(app, options),
     )
-    app.import_modules()
-    app.conf.check()
-    with pid_file(options.pidfile, worker.hostname):
-        setup = setup_worker_logging(**worker.log)  # type: ignore[arg-type]
+    with pid_file(options.pidfile, worker.hostname) as remove_pid_file:
+
+        def leave_now(code: int) -> None:
+            remove_pid_file()
+            os._exit(code)
+
+        worker.on_stuck = leave_now
+        stderr = sys.stderr  # the banner is for people, also where the log goes to a file
+        setup = worker.set_up_logging()
         try:
-            if not options.quiet:
-                print(banner(worker, options), file=sys.stderr, flush=True)
-            install_signals(worker)
-            return worker.run()
+            with signals_to(worker, leave_now):
+                if not options.quiet:
+                    print(banner(worker, options), file=stderr, flush=True)
+                return worker.run()
         finally:
             setup.undo()
 
 
+def _names(text: str) -> List[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def log_options(app: Any, options: argparse.Namespace) -> Dict[str, Any]:
-    """Return the arguments of `setup_worker_logging`, for this process and spawned children."""
+    """Return the arguments of `setup_worker_logging`, for this process and its children."""
     conf = app.conf
     return {
         "level": options.loglevel,
@@ -148,7 +183,6 @@ def log_options(app: Any, options: argparse.Namespace) -> Dict[str, Any]:
         "hijack": conf.worker_hijack_root_logger,
         "redirect_stdouts": conf.worker_redirect_stdouts,
         "redirect_level": conf.worker_redirect_stdouts_level,
-        "node": options.hostname or "",
         "fmt": conf.worker_log_format,
         "task_fmt": conf.worker_task_log_format,
         "datefmt": conf.worker_log_datefmt,
@@ -160,14 +194,15 @@ def banner(worker: Worker, options: argparse.Namespace) -> str:
     """Return what is shown at the start; passwords are masked."""
     app = worker.app
     pool = type(worker.pool).__name__
-    slots = f"{worker.concurrency}" if not worker.autoscale else f"{worker.autoscale[1]} to {worker.autoscale[0]}"
+    slots = (
+        f"{worker.pool.size}" if not worker.autoscale else f"{worker.concurrency} to {worker.autoscale[0]}"
+    )
     names = sorted(app.tasks)
     shown = names[:20] + ([f"... and {len(names) - 20} more"] if len(names) > 20 else [])
-    where = app.broker_url()
     lines = [
         f"miniq {__version__}: worker {worker.hostname} (pid {os.getpid()})",
         f"  app      {app.main or '__main__'}{f' ({options.app})' if options.app else ''}",
-        f"  broker   {mask_url(where)}",
+        f"  broker   {mask_url(app.broker_url())}",
         f"  results  {mask_url(app.backend_url())}",
         f"  pool     {pool}, {slots} at once",
         f"  queues   {', '.join(sorted(queue.name for queue in worker.queues))}",
@@ -177,61 +212,88 @@ def banner(worker: Worker, options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def install_signals(worker: Worker) -> None:
-    """Make signals shut the worker down (see the epilog); only in the main thread of a program."""
+@contextmanager
+def signals_to(worker: Worker, leave_now: Callable[[int], None]) -> Iterator[None]:
+    """Have signals shut the worker down (see the epilog) while the block runs."""
     asked: List[str] = []
+    last_mono: Dict[int, float] = {}
 
     def on_stop(number: int, frame: Any) -> None:
+        mono = time.monotonic()
+        again = mono - last_mono.get(number, float("-inf")) < TWICE_S
+        last_mono[number] = mono
+        if again:
+            return
         name = signal.Signals(number).name
         asked.append(name)
         if len(asked) > 2:
-            os._exit(1)
-        cold = len(asked) > 1 or name == "SIGQUIT" or (name == "SIGTERM" and _term_is_quit())
-        worker.stop("cold" if cold else "warm", name)
+            leave_now(1)
+        if name == "SIGTERM" and os.environ.get("REMAP_SIGTERM") == "SIGQUIT":
+            name = "SIGQUIT"
+        at_once = name == "SIGQUIT" and not worker.app.conf.worker_soft_shutdown_timeout
+        worker.stop("cold" if at_once or len(asked) > 1 else "warm", name)
 
-    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None:
-            signal.signal(number, on_stop)
-    if hasattr(signal, "SIGUSR1") and hasattr(faulthandler, "register"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
-
-
-def _term_is_quit() -> bool:
-    return os.environ.get("REMAP_SIGTERM") == "SIGQUIT"
-
-
-@contextmanager
-def pid_file(path: Optional[str], node: str) -> Iterator[None]:
-    """Hold a pid file while the block runs; exit with 73 when a live process holds it."""
-    if not path:
-        yield
-        return
-    path = expand_file_name(path, node)
-    for _ in range(2):
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            owner = _read_pid(path)
-            if owner is not None and _is_alive(owner):
-                print(f"Error: the pid file {path} belongs to process {owner}, which is alive", file=sys.stderr)
-                raise SystemExit(EX_CANTCREAT) from None
-            print(f"Warning: the pid file {path} was left by a process that is gone; replaced", file=sys.stderr)
-            os.unlink(path)
-            continue
-        except OSError as error:
-            print(f"Error: cannot make the pid file {path}: {error.strerror}", file=sys.stderr)
-            raise SystemExit(EX_CANTCREAT) from None
-        break
-    else:
-        raise ImproperlyConfigured(f"the pid file {path} comes back as soon as it is removed")
-    with os.fdopen(handle, "w") as file:
-        file.write(f"{os.getpid()}\n")
+    before: Dict[int, Any] = {}
+    stacks = getattr(signal, "SIGUSR1", None) if hasattr(faulthandler, "register") else None
+    try:
+        for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None:
+                before[number] = signal.signal(number, on_stop)
+        if stacks is not None:
+            faulthandler.register(stacks, sys.__stderr__ or 2, all_threads=True)
+    except ValueError:
+        pass  # not the main thread: signals are the program's business
     try:
         yield
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if stacks is not None:
+            faulthandler.unregister(stacks)
+
+
+@contextmanager
+def pid_file(path: Optional[str], node: str) -> Iterator[Callable[[], None]]:
+    """Hold a pid file while the block runs; exit with 73 when a living process holds it.
+
+    Yields what removes it before time.
+    """
+    if not path:
+        yield lambda: None
+        return
+    path = expand_file_name(path, node)
+    owner = _read_pid(path)
+    # Our own number: in a container each start has the same one.
+    if owner is not None and owner != os.getpid() and _is_alive(owner):
+        raise _cannot_create(f"the pid file {path} belongs to process {owner}, which is alive")
+    try:
+        if os.path.exists(path):
+            os.unlink(path)
+            print(
+                f"Warning: the pid file {path} was left by a process that is gone; replaced", file=sys.stderr
+            )
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        raise _cannot_create(f"the pid file {path} was just made by another process") from None
+    except OSError as error:
+        raise _cannot_create(f"cannot make the pid file {path}: {error.strerror}") from None
+    with os.fdopen(handle, "w") as file:
+        file.write(f"{os.getpid()}\n")
+
+    def remove() -> None:
         if _read_pid(path) == os.getpid():
             os.unlink(path)
+
+    try:
+        yield remove
+    finally:
+        remove()
+
+
+def _cannot_create(why: str) -> SystemExit:
+    print(f"Error: {why}", file=sys.stderr)
+    return SystemExit(EX_CANTCREAT)
 
 
 def _read_pid(path: str) -> Optional[int]:
@@ -243,10 +305,18 @@ def _read_pid(path: str) -> Optional[int]:
 
 
 def _is_alive(pid: int) -> bool:
+    if not 0 < pid < 1 << 31:
+        return False
+    if sys.platform == "win32":  # there, os.kill would end the process
+        import ctypes
+
+        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+        ctypes.windll.kernel32.CloseHandle(handle)
+        return bool(handle)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # alive, but not ours
-        return True
+    except PermissionError:
+        pass  # alive, but not ours
     return True

@@ -124,8 +124,8 @@ class MemoryBroker:
         """Raise `ImproperlyConfigured` in a forked child: its copy would be read by nobody."""
         if self.pid != os.getpid():
             raise ImproperlyConfigured(
-                f"broker memory://{self.name} lives in process {self.pid} and was used in its child {os.getpid()}:"
-                " use the pools threads or solo, or a broker that processes can share (sqlite:///miniq.db)"
+                f"broker memory://{self.name} lives in process {self.pid} and was used in its child"
+                f" {os.getpid()}: use the pools threads or solo, or a broker that processes can share (sqlite:///miniq.db)"
             )
 
     def owner_lost(self, node: str) -> None:

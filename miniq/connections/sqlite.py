@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SQLite files: one handle per (file, process, thread), its schema, and who is alive.
+"""SQLite files: one handle per (file, process, thread), and the schema.
 
 One file holds queues and results, so that a worker settles a result, the follow-up messages and
 the acknowledgement in one transaction.  The strategy:
@@ -11,9 +11,6 @@ the acknowledgement in one transaction.  The strategy:
   is atomic but may be undone, youngest first, when the power fails.
 - A handle inherited through a fork is neither used nor closed: closing would act on the parent's
   behalf.  The child opens its own.
-- An owner of messages is alive as long as its process holds a lock on one byte of the file
-  ``<path>-owners``; the kernel lets go of it however the process ends.  That file must not be
-  deleted while workers run.
 
 Source: sqlite.org (wal, pragma, lockingv3, howtocorrupt); nothing newer than SQLite 3.34 is used.
 """
@@ -26,7 +23,6 @@ import os
 import random
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from types import TracebackType
@@ -48,11 +44,6 @@ from typing import (
 from ..exceptions import ImproperlyConfigured, MiniqError, OperationalError
 from ..text import nearest
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 logger = logging.getLogger(__name__)
 
 #: "mniq": marks a file as ours, so that no other program's tables are mixed with these.
@@ -67,7 +58,7 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
     (
         """CREATE TABLE messages(
             id INTEGER PRIMARY KEY, queue TEXT NOT NULL, state INTEGER NOT NULL, priority INTEGER NOT NULL,
-            due REAL NOT NULL, owner INTEGER, deliveries INTEGER NOT NULL, lost_by TEXT,
+            due REAL NOT NULL, owner INTEGER, token INTEGER, deliveries INTEGER NOT NULL, lost_by TEXT,
             task_id TEXT, exchange TEXT, routing_key TEXT, envelope BLOB, body BLOB)""",
         f"CREATE INDEX ready ON messages(queue, priority DESC, due, id) WHERE state={READY}",
         f"CREATE INDEX waiting ON messages(due, queue) WHERE state={WAITING}",
@@ -75,7 +66,8 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         "CREATE INDEX held ON messages(owner) WHERE owner IS NOT NULL",
         """CREATE TABLE dead_letters(
             id INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
-            priority INTEGER NOT NULL, task_id TEXT, exchange TEXT, routing_key TEXT, envelope BLOB, body BLOB)""",
+            priority INTEGER NOT NULL, task_id TEXT, exchange TEXT, routing_key TEXT, envelope BLOB,
+            body BLOB)""",
         """CREATE TABLE owners(
             id INTEGER PRIMARY KEY AUTOINCREMENT, node TEXT NOT NULL, pid INTEGER, host TEXT,
             port INTEGER, queues TEXT NOT NULL, started REAL)""",
@@ -488,7 +480,8 @@ class Database:
                     raise self.translated(error) from error
                 if left_s <= 0:
                     raise OperationalError(
-                        f"SQLite file {self.path!r} stayed locked by another process for {timeout_s:g} s: try again"
+                        f"SQLite file {self.path!r} stayed locked by another process for {timeout_s:g} s:"
+                        " try again"
                     ) from error
             # Jitter, so that equal processes do not meet again and again.
             time.sleep(min(random.uniform(0.5, 1.0) * pause_s, left_s))
@@ -504,7 +497,8 @@ class Database:
             )
         if "disk I/O" in text:
             return OperationalError(
-                f"{file}: {text}; nothing was stored, check the disk, its quota and that the file still exists"
+                f"{file}: {text}; nothing was stored, check the disk, its quota"
+                " and that the file still exists"
             )
         if "readonly" in text:
             return ImproperlyConfigured(f"{file} or its folder is read-only: let this user write to both")
@@ -512,8 +506,8 @@ class Database:
             return ImproperlyConfigured(f"{file} is not a database: name another file or move this one away")
         if "malformed" in text:
             return ImproperlyConfigured(
-                f"{file} is damaged ({text}): stop all workers, move it away together with its -wal and -shm files"
-                " and save what is left with: sqlite3 FILE .recover"
+                f"{file} is damaged ({text}): stop all workers, move it away together with its -wal and -shm"
+                " files and save what is left with: sqlite3 FILE .recover"
             )
         if "unable to open" in text:
             return ImproperlyConfigured(
@@ -617,108 +611,9 @@ def _warn_of_network_file_system(path: str) -> None:
                 longest, kind = point, fields[2]
     if kind in _NETWORK_FILE_SYSTEMS:
         logger.warning(
-            "SQLite file %r is on a network file system (%s at %s): locks are not reliable there, messages may be"
-            " lost or run twice; use a local disk, or Redis or RabbitMQ as the broker", path, kind, longest
-        )  # fmt: skip
-
-
-# -- who is alive --------------------------------------------------------------------------------
-
-
-class OwnerLocks:
-    """The locked bytes of ``<path>-owners`` that stand for this process' living owners.
-
-    POSIX locks belong to the process: a child does not inherit them, and closing *any* descriptor
-    of the file drops them all.  So there is one descriptor per process, open while an owner lives.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path + "-owners"
-        self._guard = threading.Lock()
-        self._ids: Set[int] = set()
-        self._fd = -1
-
-    @classmethod
-    def of(cls, path: str) -> "OwnerLocks":
-        """Return this process' locks for the database at `path`."""
-        key = (os.getpid(), path)
-        return _owner_locks.get(key) or _owner_locks.setdefault(key, cls(path))
-
-    def take(self, owner: int) -> None:
-        """Say that `owner` lives; its number is new and nobody else's."""
-        with self._guard:
-            self._open()
-            if not _lock_byte(self._fd, owner):
-                raise OperationalError(
-                    f"{self._path!r}: byte {owner} is locked by another process, try again"
-                )
-            self._ids.add(owner)
-
-    def drop(self, owner: int) -> None:
-        """Say that `owner` lives no more."""
-        with self._guard:
-            if owner in self._ids:
-                self._ids.remove(owner)
-                _unlock_byte(self._fd, owner)
-                self._close_unused()
-
-    def is_alive(self, owner: int) -> bool:
-        """Say whether the process of `owner` lives, stopped or busy as it may be."""
-        with self._guard:
-            if owner in self._ids:
-                return True
-            self._open()
-            try:
-                if not _lock_byte(self._fd, owner):
-                    return True
-                _unlock_byte(self._fd, owner)
-                return False
-            finally:
-                self._close_unused()
-
-    def _open(self) -> None:
-        if self._fd < 0:
-            try:
-                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            except OSError as error:
-                raise ImproperlyConfigured(
-                    f"{self._path!r} cannot be opened for writing: {error.strerror}"
-                ) from error
-
-    def _close_unused(self) -> None:
-        if not self._ids:
-            os.close(self._fd)
-            self._fd = -1
-
-
-_owner_locks: Dict[Tuple[int, str], OwnerLocks] = {}
-
-if sys.platform == "win32":
-
-    def _lock_byte(fd: int, offset: int) -> bool:
-        os.lseek(fd, offset, os.SEEK_SET)
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-    def _unlock_byte(fd: int, offset: int) -> None:
-        os.lseek(fd, offset, os.SEEK_SET)
-        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
-
-else:
-
-    def _lock_byte(fd: int, offset: int) -> bool:
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
-        except OSError as error:
-            if isinstance(error, (BlockingIOError, PermissionError)):
-                return False
-            raise OperationalError(
-                f"this file system refuses locks: {error.strerror}; use a local disk"
-            ) from error
-        return True
-
-    def _unlock_byte(fd: int, offset: int) -> None:
-        fcntl.lockf(fd, fcntl.LOCK_UN, 1, offset)
+            "SQLite file %r is on a network file system (%s at %s): locks are not reliable there, messages"
+            " may be lost or run twice; use a local disk, or Redis or RabbitMQ as the broker",
+            path,
+            kind,
+            longest,
+        )

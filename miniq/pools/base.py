@@ -8,12 +8,19 @@ job never waits behind another one inside a pool.
 Every submitted job comes back exactly once through `on_done`, in the loop's thread: with the
 run's `Outcome`, or with `Lost` when there is none because the process died, the hard limit was
 over or the job was terminated.
+
+A pool may also take short jobs *ahead* of a free slot (`ahead_slots`, `submit_ahead`), so that a slot
+need not wait for the worker between two of them.  Such a job can still be taken back until the very
+moment in which it begins, and is as soon as something before it takes long: then it comes back
+through `on_back` instead, and has not begun.
 """
 
 from __future__ import annotations
 
+import signal
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 
+from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured
 from ..loop import Loop
 from ..text import import_object, nearest
@@ -46,13 +53,14 @@ class Job:
 
     `soft_limit_s` / `hard_limit_s`: seconds from the start, None = no limit.
     `on_start(job, pid)` is called when the run begins, if `wants_start` is set (it costs a message).
-    `on_done(job, outcome_or_lost)` is called exactly once.
-    `slot` belongs to the pool.
+    `on_done(job, outcome_or_lost)` is called exactly once, or `on_back(job)` for one that was
+    submitted ahead and has not begun.  `token`: its name in the journal of starts, if there is one.
+    `slot` and `permit` belong to the pool.
     """
 
     __slots__ = (
-        "run", "soft_limit_s", "hard_limit_s", "wants_start", "on_start", "on_done", "slot",
-        "started_mono",
+        "run", "soft_limit_s", "hard_limit_s", "wants_start", "on_start", "on_done", "on_back", "token",
+        "slot", "permit", "started_mono",
     )  # fmt: skip
 
     def __init__(
@@ -62,8 +70,13 @@ class Job:
         on_start: "Optional[Callable[[Job, int], None]]" = None,
         soft_limit_s: Optional[float] = None,
         hard_limit_s: Optional[float] = None,
+        on_back: "Optional[Callable[[Job], None]]" = None,
+        token: Optional[int] = None,
     ) -> None:
         self.run = run
+        self.on_back = on_back
+        self.token = token
+        self.permit: Optional[int] = None
         self.on_done = on_done
         self.on_start = on_start
         self.wants_start = on_start is not None
@@ -90,6 +103,7 @@ class Pool:
     can_terminate = False
     has_soft_limit = False
     has_hard_limit = False
+    can_take_ahead = False
     #: True where tasks run in the main thread and the loop moves to a second one (solo).
     runs_in_main_thread = False
 
@@ -99,7 +113,7 @@ class Pool:
     def start(self, loop: Loop, on_free: Callable[[], None]) -> None:
         """Begin; `on_free` is called whenever a slot became free for another reason than `on_done`.
 
-        For example when a new child is up.
+        For example when a new child is up.  Raises when the pool cannot begin at all.
         """
         raise NotImplementedError
 
@@ -113,12 +127,35 @@ class Pool:
         """How many slots the pool is meant to have."""
         raise NotImplementedError
 
+    @property
+    def abandoned(self) -> int:
+        """How many jobs were reported as `Lost` while their code runs on: a thread cannot be killed.
+
+        A worker that sees this grow should end its process and begin anew.
+        """
+        return 0
+
     def submit(self, job: Job) -> None:
         """Run `job` in a free slot."""
         raise NotImplementedError
 
+    def use_journal(self, journal: StartJournal) -> None:
+        """Have children note in `journal` which jobs begin; before the first job."""
+
+    @property
+    def ahead_slots(self) -> int:
+        """How many short jobs without limits may be submitted ahead of a free slot; 0 = this pool cannot."""
+        return 0
+
+    def submit_ahead(self, job: Job) -> None:
+        """Run `job` (it has a `token` and `on_back`) behind one that runs, unless it is taken back."""
+        raise NotImplementedError
+
     def terminate(self, job: Job, signal_name: str = "SIGTERM") -> bool:
-        """Stop a running job from outside; it comes back as `Lost`.  False: cannot."""
+        """Stop a running job from outside; it comes back as `Lost`.  False: cannot.
+
+        Raises `ValueError` for a signal name that does not exist.
+        """
         raise NotImplementedError
 
     def grow(self, n: int) -> None:
@@ -148,6 +185,18 @@ class Pool:
     def run_forever(self) -> None:
         """Run jobs in the calling thread until stopped; only where `runs_in_main_thread`."""
         raise NotImplementedError
+
+
+def signal_number(name: str) -> int:
+    """Return the number of a signal called ``SIGTERM``, ``term`` or the like.
+
+    Raises `ValueError` for a name unknown on this system.
+    """
+    full = name.upper() if name.upper().startswith("SIG") else "SIG" + name.upper()
+    number = signal.__dict__.get(full)
+    if not isinstance(number, signal.Signals):
+        raise ValueError(f"unknown signal {name!r}; known: {', '.join(each.name for each in signal.Signals)}")
+    return int(number)
 
 
 def pool_class(name: str) -> "type[Pool]":

@@ -4,7 +4,9 @@
 The link is one socketpair per child, shared with nobody.  Both directions carry frames: four
 bytes of length (big endian), then a pickled tuple::
 
-    parent -> child   (run, soft_limit_s or None, wants_start)    a job; half-closing the link says "leave"
+    parent -> child   (run, soft_limit_s or None, wants_start, permit or None, token or None)
+                                                a job; half-closing the link says "leave"
+                      path                      where to note what begins (`connections.starts`)
     child -> parent   (READY, rss_kib)          up; the child takes one job at a time from here on
                       (FAILED, traceback text)  cannot start; the process ends
                       (STARTED,)                the job begins; only if it asked for it
@@ -12,6 +14,11 @@ bytes of length (big endian), then a pickled tuple::
 
 (`pickle` and `marshal` cost the same for such tuples, 1.6 + 2.7 us; `pickle` also takes the dates
 and decimals that a broker's headers may hold.)
+
+A job with a permit was sent ahead, while another one runs.  Its permit, one byte, went through a
+socketpair of its own, of which both sides can read the child's end: whoever reads the byte has the
+job.  The child reads it before the job begins; the parent reads it to take the job back.  The kernel
+gives each byte to one of them.
 
 The child must not outlive its parent, not even in the middle of a task or inside C code, nor may
 anything that it started.  It leads a process group of its own, and a second socketpair, the
@@ -31,8 +38,9 @@ import sys
 import threading
 import traceback
 from time import monotonic
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
+from ..connections.starts import StartJournal
 from ..exceptions import SoftTimeLimitExceeded
 from ..trace import Outcome, Run, Runner, RunnerSpec
 
@@ -80,9 +88,10 @@ class FrameReader:
 class SoftLimit:
     """The guard around the task's own code: a SIGUSR1 raises only in there, and only once due.
 
-    The parent sends the signal when its clock says so and repeats it until the job is done, so
-    that one which came before the task was armed is not missed; one that comes too late finds
-    the guard disarmed, or another job's deadline.
+    The parent sends the signal when its clock says so and repeats it some times, because the
+    child's clock started a moment later; a task whose own code only begins when the limit is over
+    is told at the door.  A signal that comes too late finds the guard disarmed, or the deadline of
+    another job.  The guard may be entered again and again: a coroutine is run in steps.
     """
 
     __slots__ = ("_limit_s", "_deadline", "_armed")
@@ -117,13 +126,40 @@ def plain_outcome(outcome: Outcome) -> Tuple[Any, ...]:
     return (outcome.state, [tuple(result) for result in outcome.results], *outcome[2:])
 
 
-def main(sock: socket.socket, lifeline: socket.socket, spec: RunnerSpec, measure_rss: bool) -> None:
+class Permits:
+    """The child's side of the permits for jobs that were sent ahead."""
+
+    __slots__ = ("_sock", "_held")
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._held: Optional[int] = None
+
+    def take(self, permit: int) -> bool:
+        """Take the permit of the next job; False = the parent took that job back."""
+        if self._held is None:
+            try:
+                data = self._sock.recv(1)
+            except BlockingIOError:
+                return False
+            self._held = data[0] if data else -1
+        # Permits come in the order of the jobs: a later one means that this job's was taken.
+        if self._held != permit:
+            return False
+        self._held = None
+        return True
+
+
+def main(
+    sock: socket.socket, lifeline: socket.socket, permits: socket.socket, spec: RunnerSpec, measure_rss: bool
+) -> None:
     """Be a pool's child until the parent closes its side of the link."""
     soft_limit = SoftLimit()
     _leave_parents_group()
     _reset_signals(soft_limit)
     _die_with_parent(lifeline)
-    _keep_from_grandchildren(sock, lifeline)
+    _keep_from_grandchildren(sock, lifeline, permits)
     try:
         runner = spec.build()
         runner.process_init()
@@ -133,7 +169,7 @@ def main(sock: socket.socket, lifeline: socket.socket, spec: RunnerSpec, measure
     exitcode = 1
     try:
         sock.sendall(pack((READY, _rss_kib() if measure_rss else 0)))
-        _serve(sock, runner, soft_limit, measure_rss)
+        _serve(sock, Permits(permits), runner, soft_limit, measure_rss)
         exitcode = 0
     except SystemExit as leaving:
         exitcode = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -142,15 +178,26 @@ def main(sock: socket.socket, lifeline: socket.socket, spec: RunnerSpec, measure
         runner.process_shutdown(exitcode)
 
 
-def _serve(sock: socket.socket, runner: Runner, soft_limit: SoftLimit, measure_rss: bool) -> None:
+def _serve(
+    sock: socket.socket, permits: Permits, runner: Runner, soft_limit: SoftLimit, measure_rss: bool
+) -> None:
     reader = FrameReader()
+    journal: Optional[StartJournal] = None
     started = pack((STARTED,))
     rss_kib = 0
     while True:
         data = sock.recv(RECV_BYTES)
         if not data:
             return
-        for run, soft_limit_s, wants_start in reader.feed(data):
+        for frame in reader.feed(data):
+            if type(frame) is str:
+                journal = StartJournal(frame)
+                continue
+            run, soft_limit_s, wants_start, permit, token = frame
+            if permit is not None and not permits.take(permit):
+                continue
+            if token is not None and journal is not None:
+                journal.mark(token)
             if wants_start:
                 sock.sendall(started)
             if soft_limit_s is None:
@@ -209,12 +256,12 @@ def _reset_signals(soft_limit: SoftLimit) -> None:
         signal.signal(signal.SIGUSR1, soft_limit.on_signal)
 
 
-def _keep_from_grandchildren(sock: socket.socket, lifeline: socket.socket) -> None:
+def _keep_from_grandchildren(*links: socket.socket) -> None:
     """Have processes which a task forks drop the link, or our death would not be seen, and our handlers."""
 
     def in_grandchild() -> None:
-        sock.close()
-        lifeline.close()
+        for link in links:
+            link.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for name in ("SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):

@@ -10,6 +10,9 @@ A child's end is seen as the end of its link, and its exit status then says how.
 written before (a finished job) is read first.  On Linux the link also tells whether the child had
 read all that was sent to it: a job that it never read has not begun, and goes to another child.
 
+Short jobs may be sent ahead to a child that is busy, and are taken back as soon as what runs before
+them takes longer than `RECALL_S` (see `child` for how exactly one side gets each of them).
+
 Killing a child means its process group, so that nothing which the task started survives it.
 Start methods: fork while this process has one thread (a fork copies locks held by other threads
 for ever), else spawn; a pool that has to change over stays with spawn.
@@ -31,13 +34,15 @@ import time
 import traceback
 import weakref
 from collections import deque
+from functools import partial
 from typing import Any, Callable, Deque, Dict, List, Optional, Set
 
 from ..backends.base import StoredResult
+from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured, Terminated, TimeLimitExceeded, WorkerLostError
 from ..loop import Loop, Timer
 from ..trace import Outcome, RunnerSpec
-from .base import Job, Lost, Pool, PoolOptions
+from .base import Job, Lost, Pool, PoolOptions, signal_number
 from .child import DONE, FAILED, READY, RECV_BYTES, STARTED, FrameReader, main, pack
 
 if sys.platform != "win32":
@@ -48,18 +53,24 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 #: How often children are looked at for what no event tells: stuck at the start, stopped, gone without a word.
-CHECK_INTERVAL_S = 1.0
+MAX_CHECK_INTERVAL_S = 1.0
 #: A child that closed its link must have ended after this; then it is killed ...
-EXIT_TIMEOUT_S = 1.0
+EXIT_TIMEOUT_S = 0.5
 #: ... and after this long its job is reported whether the process can be seen to end or not.
 GIVE_UP_S = 5.0
 #: The soft limit is measured in the child, which got the job a moment later than we sent it.
 SOFT_SLACK_S = 0.002
 SOFT_FIRST_REPEAT_S = 0.01
-SOFT_LAST_REPEAT_S = 1.0
+SOFT_LAST_REPEAT_S = 5.0
 #: A child that ends within this time without a job counts as one that could not start.
 QUICK_DEATH_S = 1.0
 MAX_BACKOFF_S = 30.0
+
+#: How many jobs a child may be sent ahead, and how long they wait behind one before they are taken back.
+AHEAD = 8
+RECALL_S = 0.02
+#: A larger job is not sent ahead (bytes): it might not fit into the link at once.
+AHEAD_BYTES = 16384
 
 _NAME_PREFIX = {"fork": "Fork", "forkserver": "ForkServer", "spawn": "Spawn"}
 
@@ -68,13 +79,25 @@ class _Child:
     """One child process as the parent sees it."""
 
     __slots__ = (
-        "name", "process", "pid", "sock", "fd", "lifeline", "frames", "unsent", "began_mono", "ready_mono", "job",
-        "again", "jobs", "retiring", "leave_by", "base_rss_kib", "soft_timer", "hard_timer", "accepted",
-        "unread", "link_lost", "killed_mono", "reason", "failed", "peak_kib",
+        "name", "process", "pid", "sock", "fd", "lifeline", "frames", "unsent", "began_mono", "ready_mono",
+        "job", "again", "jobs", "retiring", "leave_by", "base_rss_kib", "soft_timer", "hard_timer",
+        "accepted", "unread", "ahead", "permits", "permits_back", "last_permit", "link_lost", "killed_mono", "reason", "failed", "peak_kib",
     )  # fmt: skip
 
-    def __init__(self, name: str, sock: socket.socket, lifeline: socket.socket, mono: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        sock: socket.socket,
+        lifeline: socket.socket,
+        permits: socket.socket,
+        permits_back: socket.socket,
+        mono: float,
+    ) -> None:
         self.name = name
+        self.ahead: Deque[Job] = deque()  # sent while `job` ran, in this order
+        self.permits = permits  # we write here ...
+        self.permits_back = permits_back  # ... and can read, as the child does, at the other end
+        self.last_permit = 0
         self.process: Any = None
         self.pid = 0
         self.sock = sock
@@ -103,6 +126,8 @@ class _Child:
     def close(self) -> None:
         self.sock.close()
         self.lifeline.close()
+        self.permits.close()
+        self.permits_back.close()
 
 
 class PreforkPool(Pool):
@@ -111,6 +136,7 @@ class PreforkPool(Pool):
     can_terminate = True
     has_soft_limit = hasattr(signal, "SIGUSR1")
     has_hard_limit = True
+    can_take_ahead = sys.platform != "win32"
 
     def __init__(self, options: PoolOptions, spec: RunnerSpec) -> None:
         methods = multiprocessing.get_all_start_methods()
@@ -127,6 +153,7 @@ class PreforkPool(Pool):
         self._options = options
         self._spec = spec
         self._size = options.concurrency
+        self._check_interval_s = min(MAX_CHECK_INTERVAL_S, options.alive_timeout_s / 2)
         self._loop: Loop
         self._on_free: Callable[[], None]
         self._children: Set[_Child] = set()  # all whose end was not seen yet
@@ -143,6 +170,8 @@ class PreforkPool(Pool):
         self._stopping = False
         self._on_stopped: Optional[Callable[[], None]] = None
         self._warned_of_memory = False
+        self._journal: Optional[StartJournal] = None
+        self._recall_timer: Optional[Timer] = None
 
     # -- the seam -----------------------------------------------------------------------------
 
@@ -155,7 +184,7 @@ class PreforkPool(Pool):
         self._loop = loop
         self._on_free = on_free
         _guard_exits(self)
-        self._check_timer = loop.call_later(CHECK_INTERVAL_S, self._check)
+        self._check_timer = loop.call_later(self._check_interval_s, self._check)
         try:
             for _ in range(self._size):
                 self._start_child()
@@ -184,12 +213,59 @@ class PreforkPool(Pool):
             raise RuntimeError("the pool has no free slot")
         self._give(job)
 
+    def use_journal(self, journal: StartJournal) -> None:
+        """Have children note in `journal` which jobs begin; before the first job."""
+        self._journal = journal
+        for child in self._children:
+            self._send(child, pack(journal.path))
+
+    @property
+    def ahead_slots(self) -> int:
+        """How many short jobs may be sent to busy children."""
+        options = self._options
+        if self._journal is None or self._stopping:
+            return 0
+        if options.max_tasks_per_child or options.max_memory_per_child_kib:
+            return 0  # a child that is about to be replaced after any job
+        up = (child for child in self._children if child.ready_mono is not None and not child.retiring)
+        return sum(AHEAD - len(child.ahead) for child in up)
+
+    def submit_ahead(self, job: Job) -> None:
+        """Send `job` to the busy child with the fewest jobs before it, or back where none can take it."""
+        frame_of = (tuple(job.run), None, False)
+        best: Optional[_Child] = None
+        for child in self._busy:
+            if child.unsent is None and not child.retiring and child.link_lost is None:
+                if len(child.ahead) < (AHEAD if best is None else len(best.ahead)):
+                    best = child
+        if best is None or len(job.run.body) > AHEAD_BYTES:
+            self._hand_back(job)
+            return
+        permit = best.last_permit = (best.last_permit + 1) % 256
+        frame = pack((*frame_of, permit, job.token))
+        try:
+            best.permits.send(bytes((permit,)))
+        except OSError:
+            self._hand_back(job)  # it is gone; reading its link will say so
+            return
+        job.permit = permit
+        job.slot = best
+        best.ahead.append(job)
+        self._send(best, frame)
+        if self._recall_timer is None:
+            self._recall_timer = self._loop.call_later(RECALL_S, self._recall_late)
+
     def terminate(self, job: Job, signal_name: str = "SIGTERM") -> bool:
         """Kill the child that runs `job`: `Lost` with ``Terminated(signal number)``."""
-        error = Terminated(_signal_number(signal_name))
+        error = Terminated(signal_number(signal_name))
         child = job.slot
         if isinstance(child, _Child) and child.job is job:
             self._kill(child, error)
+            return True
+        if isinstance(child, _Child) and job in child.ahead:
+            self._recall(child)
+            if job in child.ahead:  # it has begun, only the end of the one before was not read yet
+                self._kill(child, None)
             return True
         if job in self._unstarted:
             self._unstarted.remove(job)
@@ -250,13 +326,14 @@ class PreforkPool(Pool):
             error = WorkerLostError("Worker stopped before a process could take the job; it did not begin")
             self._loop.call_soon(job.on_done, job, Lost(error, 0, 0.0))
         for child in list(self._children):
+            self._recall(child)
             self._retire(child)
         self._see_whether_stopped()
 
     # -- jobs ---------------------------------------------------------------------------------
 
     def _give(self, job: Job, again: bool = False) -> None:
-        frame = pack((tuple(job.run), job.soft_limit_s, job.wants_start))  # may raise: before anything changed
+        frame = pack((tuple(job.run), job.soft_limit_s, job.wants_start, None, job.token))  # may raise: nothing changed yet
         child = self._idle.pop()
         self._busy.add(child)
         child.job = job
@@ -274,11 +351,14 @@ class PreforkPool(Pool):
             child.soft_timer = self._loop.call_later(
                 job.soft_limit_s + SOFT_SLACK_S, self._send_soft_limit, child, SOFT_FIRST_REPEAT_S
             )
-        if child.jobs == self._options.max_tasks_per_child:  # its last one: the next child may come up meanwhile
-            child.retiring = True
+        if child.jobs == self._options.max_tasks_per_child:
+            child.retiring = True  # its last job; the child that replaces it comes up meanwhile
             self._loop.call_soon(self._fill)
 
     def _send(self, child: _Child, frame: bytes) -> None:
+        if child.unsent is not None:  # a job that was taken back may still be on its way
+            child.unsent = memoryview(bytes(child.unsent) + frame)
+            return
         try:
             sent = child.sock.send(frame)
         except BlockingIOError:
@@ -288,7 +368,7 @@ class PreforkPool(Pool):
             return
         if sent < len(frame):
             child.unsent = memoryview(frame)[sent:]
-            self._loop.add_writer(child.fd, lambda: self._on_writable(child))
+            self._loop.add_writer(child.fd, partial(self._on_writable, child))
 
     def _on_writable(self, child: _Child) -> None:
         assert child.unsent is not None
@@ -321,7 +401,7 @@ class PreforkPool(Pool):
         except Exception:  # named net: a task wrote into our link; nothing more can be read from it
             logger.exception("Process %r pid:%d sent what is no frame and is killed", child.name, child.pid)
             self._lose_link(child)
-            self._kill(child, WorkerLostError("Worker sent unreadable data to its parent; its process was killed"))
+            self._kill(child, WorkerLostError("Worker sent unreadable data and was killed"))
             return
         for frame in frames:
             kind = frame[0]
@@ -356,13 +436,60 @@ class PreforkPool(Pool):
                 child.name, child.pid, rss_kib, limit_kib,
             )  # fmt: skip
             child.retiring = True
-        if child.retiring:
+        if child.ahead:
+            self._busy.add(child)
+            child.job = child.ahead.popleft()
+            child.job.started_mono = self._loop.mono()
+            child.jobs += 1
+        elif child.retiring:
             self._retire(child)
             self._loop.call_soon(self._fill)
         else:
             self._set_free(child)
         state, results, *rest = fields
         job.on_done(job, Outcome(state, [StoredResult._make(result) for result in results], *rest))
+
+    def _hand_back(self, job: Job) -> None:
+        assert job.on_back is not None
+        self._loop.call_soon(job.on_back, job)
+
+    def _recall(self, child: _Child) -> None:
+        """Take back the jobs that were sent ahead to a child and have not begun."""
+        if not child.ahead and (child.job is None or child.job.permit is None):
+            return
+        try:
+            free = set(child.permits_back.recv(256))
+        except BlockingIOError:
+            return
+        for job in [job for job in child.ahead if job.permit is not None and job.permit in free]:
+            child.ahead.remove(job)
+            self._hand_back(job)
+        if child.job is not None and child.job.permit is not None and child.job.permit in free:
+            # The one before it has ended, and the child did not get to this one (it is dead or stopped).
+            job, child.job = child.job, None
+            self._busy.discard(child)
+            self._hand_back(job)
+            if child.link_lost is None and not child.retiring:
+                self._set_free(child)
+
+    def _recall_late(self) -> None:
+        """Take back what waits behind a job that turned out to be long."""
+        self._recall_timer = None
+        late = self._loop.mono() - RECALL_S
+        waiting = False
+        for child in list(self._busy):
+            if child.ahead:
+                if child.job is not None and child.job.started_mono <= late:
+                    self._recall(child)
+                waiting = waiting or bool(child.ahead)
+        if waiting:
+            self._recall_timer = self._loop.call_later(RECALL_S, self._recall_late)
+
+    def _has_begun(self, child: _Child, job: Job) -> bool:
+        """Say whether a job whose child has ended was begun; in doubt it was."""
+        if job.token is not None and self._journal is not None:
+            return self._journal.has_begun(job.token)
+        return not child.unread and child.unsent is None
 
     def _take_job(self, child: _Child) -> Optional[Job]:
         """Take the job off a child, and its time limits."""
@@ -382,10 +509,11 @@ class PreforkPool(Pool):
             self._give(self._unstarted.popleft(), again=True)
 
     def _send_soft_limit(self, child: _Child, repeat_s: float) -> None:
+        """Tell a child that its job's soft limit is over; again and again, see `child.SoftLimit`."""
         _signal(child, signal.SIGUSR1)
-        child.soft_timer = self._loop.call_later(
-            repeat_s, self._send_soft_limit, child, min(repeat_s * 2, SOFT_LAST_REPEAT_S)
-        )
+        child.soft_timer = None
+        if repeat_s < SOFT_LAST_REPEAT_S:
+            child.soft_timer = self._loop.call_later(repeat_s, self._send_soft_limit, child, repeat_s * 2)
 
     # -- children come ------------------------------------------------------------------------
 
@@ -418,15 +546,18 @@ class PreforkPool(Pool):
         self._serial += 1
         ours, theirs = socket.socketpair()
         lifeline, their_lifeline = socket.socketpair()
-        ours.setblocking(False)
+        permits, their_permits = socket.socketpair()
+        permits_back = their_permits.dup()
+        for sock in (ours, permits, permits_back):
+            sock.setblocking(False)
         name = f"{_NAME_PREFIX[self.start_method]}PoolWorker-{self._serial}"
-        child = _Child(name, ours, lifeline, self._loop.mono())
+        child = _Child(name, ours, lifeline, permits, permits_back, self._loop.mono())
         self._children.add(child)  # before the fork: a child closes what it finds in here
         context: Any = multiprocessing.get_context(self.start_method)
         measure_rss = self._options.max_memory_per_child_kib is not None
         try:
             child.process = context.Process(
-                target=main, args=(theirs, their_lifeline, self._spec, measure_rss), name=name
+                target=main, args=(theirs, their_lifeline, their_permits, self._spec, measure_rss), name=name
             )
             child.process.start()
         except BaseException:
@@ -436,8 +567,11 @@ class PreforkPool(Pool):
         finally:
             theirs.close()
             their_lifeline.close()
+            their_permits.close()
         child.pid = child.process.pid
-        self._loop.add_reader(child.fd, lambda: self._on_readable(child))
+        self._loop.add_reader(child.fd, partial(self._on_readable, child))
+        if self._journal is not None:
+            self._send(child, pack(self._journal.path))
 
     def _on_ready(self, child: _Child, rss_kib: int) -> None:
         child.ready_mono = self._loop.mono()
@@ -451,7 +585,7 @@ class PreforkPool(Pool):
         if limit_kib is not None and rss_kib > limit_kib and not self._warned_of_memory:
             self._warned_of_memory = True
             logger.warning(
-                "a fresh pool process already holds %d KiB: the limit of %d KiB per child is not applied; raise it",
+                "a fresh pool process already holds %d KiB: raise the limit of %d KiB, it is not applied",
                 rss_kib, limit_kib,
             )  # fmt: skip
         if child.retiring:
@@ -520,7 +654,7 @@ class PreforkPool(Pool):
 
     def _kill_all(self) -> None:
         for child in list(self._children):
-            self._kill(child, WorkerLostError("Worker stopped: its process was killed at the end of the time given"))
+            self._kill(child, WorkerLostError("Worker stopped and killed the process: its time was over"))
 
     def _lose_link(self, child: _Child) -> None:
         """Note that a child's link ended: it is ending, or has ended."""
@@ -539,7 +673,7 @@ class PreforkPool(Pool):
         if exitcode is None:
             if waited_s < GIVE_UP_S:
                 if waited_s > EXIT_TIMEOUT_S and child.killed_mono is None:
-                    self._kill(child, WorkerLostError("Worker closed its link to the parent; its process was killed"))
+                    self._kill(child, WorkerLostError("Worker closed its link to the parent and was killed"))
                 self._loop.call_later(pause_s, self._bury, child, min(pause_s * 2, 0.1))
                 return
             logger.error("Process %r pid:%d: no exit status to be had; it is given up", child.name, child.pid)
@@ -574,11 +708,13 @@ class PreforkPool(Pool):
     def _forget(self, child: _Child, exitcode: Optional[int]) -> None:
         """Let go of a child that has ended, replace it, and settle its job."""
         self._children.discard(child)
-        child.close()
         try:
             child.process.close()
         except ValueError:
             pass  # it runs on, unseen (logged above)
+        self._recall(child)  # before its sockets are closed, and after all that it had written was read
+        self._lose_ahead(child)
+        child.close()
         ending = _describe_exit(exitcode)
         asked_to_leave = child.leave_by != float("inf")
         if child.killed_mono is None and not child.failed and not (asked_to_leave and exitcode == 0):
@@ -590,17 +726,23 @@ class PreforkPool(Pool):
             self._count_quick_death()
         else:
             self._fill()
-        if job is not None and child.reason is None and not child.again and not self._stopping:
-            if child.unread or child.unsent is not None:
-                logger.warning("the job of pid:%d had not begun and is given to another process", child.pid)
-                self._unstarted.append(job)
-                if self._idle:
-                    self._give(self._unstarted.popleft(), again=True)
-                return
+        if job is not None and not self._has_begun(child, job) and child.reason is None and not child.again and not self._stopping:
+            logger.warning("the job of pid:%d had not begun and is given to another process", child.pid)
+            self._unstarted.append(job)
+            if self._idle:
+                self._give(self._unstarted.popleft(), again=True)
+            return
         self._see_whether_stopped()
         if job is not None:
             error = child.reason or WorkerLostError(_obituary(child, ending))
             job.on_done(job, Lost(error, child.pid, mono - job.started_mono))
+
+    def _lose_ahead(self, child: _Child) -> None:
+        """Report jobs whose permit a child had read when it died, though it cannot have begun two."""
+        for job in child.ahead:
+            error = WorkerLostError("Worker exited as it was about to begin the task")
+            self._loop.call_soon(job.on_done, job, Lost(error, child.pid, 0.0))
+        child.ahead.clear()
 
     def _see_whether_stopped(self) -> None:
         if self._stopping and not self._children and self._on_stopped is not None:
@@ -614,7 +756,7 @@ class PreforkPool(Pool):
 
     def _check(self) -> None:
         """Look at each child for what its link does not tell."""
-        self._check_timer = self._loop.call_later(CHECK_INTERVAL_S, self._check)
+        self._check_timer = self._loop.call_later(self._check_interval_s, self._check)
         mono = self._loop.mono()
         timeout_s = self._options.alive_timeout_s
         for child in list(self._children):
@@ -628,14 +770,14 @@ class PreforkPool(Pool):
                 pass  # about to end
             elif child.ready_mono is None:
                 if mono - child.began_mono > timeout_s:
-                    logger.error("%s pid:%d is not up after %.1f s and is killed", child.name, child.pid, timeout_s)
+                    logger.error("%s pid:%d is not up after %.1f s; killed", child.name, child.pid, timeout_s)
                     self._kill(child, None)
             elif child.job is None:
                 if mono > child.leave_by:
-                    logger.warning("%s pid:%d did not leave in %.1f s; killed", child.name, child.pid, timeout_s)
+                    logger.warning("%s pid:%d did not leave in time; killed", child.name, child.pid)
                     self._kill(child, None)
             elif not child.accepted and mono - child.job.started_mono > timeout_s:
-                child.accepted = child.unsent is None and _peer_has_read_all(child.sock)
+                child.accepted = self._has_accepted(child, child.job)
                 if not child.accepted:
                     logger.error(
                         "%s pid:%d did not accept its job in %.1f s; killed", child.name, child.pid, timeout_s
@@ -643,13 +785,10 @@ class PreforkPool(Pool):
                     self._kill(child, None)
 
 
-def _signal_number(name: str) -> int:
-    """Return the number of a signal called ``SIGTERM``, ``term`` or the like."""
-    full = name.upper() if name.upper().startswith("SIG") else "SIG" + name.upper()
-    number = getattr(signal, full, None)
-    if not isinstance(number, signal.Signals):
-        raise ValueError(f"unknown signal {name!r}")
-    return int(number)
+    def _has_accepted(self, child: _Child, job: Job) -> bool:
+        if job.token is not None and self._journal is not None:
+            return self._journal.has_begun(job.token)
+        return child.unsent is None and _peer_has_read_all(child.sock)
 
 
 def _signal(child: _Child, number: int) -> None:

@@ -23,14 +23,18 @@ the message to every bound queue; nobody bound = nobody reads, no error.
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set
 
+from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured
 from ..message import Delivery, Message
 from ..routing import Queue
 from ..text import import_object, mask_url, unknown_scheme
 from ..times import to_epoch
+
+logger = logging.getLogger(__name__)
 
 #: URL scheme -> "module:Class", relative to this package.
 TRANSPORTS: Dict[str, str] = {
@@ -180,6 +184,14 @@ class Consumer:
         """Return when the next waiting message is due (epoch seconds), None if there is none."""
         raise NotImplementedError
 
+    def start_journal(self) -> Optional[StartJournal]:
+        """Return where children note which messages have begun, None where there is no such place.
+
+        With it a started message whose `token` was never marked counts as not started when its
+        worker dies; without it nothing is handed out ahead.
+        """
+        return None
+
     def start(self, deliveries: Sequence[Delivery]) -> None:
         """Count one start each; those with `early` are acknowledged and never start again."""
         raise NotImplementedError
@@ -193,7 +205,7 @@ class Consumer:
         raise NotImplementedError
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
-        """Give back what was not started: same place, same count."""
+        """Give back what has not begun, be it marked as started: same place, same count."""
         raise NotImplementedError
 
     def defer(self, delivery: Delivery, until: float) -> bool:
@@ -270,3 +282,19 @@ def pause_after_loss_s(starts: int, rand: float) -> float:
     Nothing after the first, then 1, 2, 4 ... seconds up to an hour and `rand` (0..1) of half of that.
     """
     return 0.0 if starts < 2 else min(2.0 ** (starts - 2), 3600.0) * (1.0 + rand / 2)
+
+
+def what_is_unroutable(kinds: Set[str], exchange: str, routing_key: str) -> Optional[str]:
+    """Return what is wrong when a task reaches no queue of `exchange`; None where that is in order.
+
+    `kinds` are the types of its bindings.  With a fanout exchange, or where nobody is bound, nobody
+    reads; the latter is logged, as it may be a wrong name.
+    """
+    if not kinds:
+        logger.warning("nobody is bound to exchange %r: the task sent there is dropped", exchange)
+    if kinds & {"direct", "topic"}:
+        return (
+            f"exchange {exchange!r}: no queue is bound with a key for {routing_key!r}, the task would be"
+            " lost; declare a queue with this routing key or send to a queue by name"
+        )
+    return None

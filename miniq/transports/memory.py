@@ -15,15 +15,33 @@ import socket
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from ..connections.memory import (
-    LOST, READY, RESERVED, STARTED_EARLY, STARTED_LATE, WAITING,
-    MemoryBroker, Owner, QueueSettings, Row, broker_name, refuse_options,
+    LOST,
+    READY,
+    RESERVED,
+    STARTED_EARLY,
+    STARTED_LATE,
+    WAITING,
+    MemoryBroker,
+    Owner,
+    QueueSettings,
+    Row,
+    broker_name,
+    refuse_options,
 )  # fmt: skip
 from ..exceptions import ImproperlyConfigured
 from ..message import Delivery, Message
 from ..routing import Queue, key_matches
 from .base import (
-    Consumer, DeadLetter, Publication, QueueSize, Transport, due_at, has_died, pause_after_loss_s,
-)  # fmt: skip
+    Consumer,
+    DeadLetter,
+    Publication,
+    QueueSize,
+    Transport,
+    due_at,
+    has_died,
+    pause_after_loss_s,
+    what_is_unroutable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +101,8 @@ class MemoryTransport(Transport):
                     continue
                 bound = broker.bindings.get(exchange, ())
                 found = sorted({queue for kind, key, queue in bound if key_matches(kind, key, routing_key)})
-                if not found and "task" in message.headers:
-                    unroutable = self._unroutable(bound, exchange, routing_key) or unroutable
+                if not found and "task" in message.headers and unroutable is None:
+                    unroutable = what_is_unroutable({kind for kind, _, _ in bound}, exchange, routing_key)
                 copies += [(queue, publication) for queue in found]
             if unroutable is None:
                 for queue, (message, exchange, routing_key) in copies:
@@ -95,24 +113,6 @@ class MemoryTransport(Transport):
         if unroutable is not None:
             # Raised out here: nothing was written, so a transaction around this one can go on.
             raise ImproperlyConfigured(unroutable)
-
-    def _unroutable(
-        self, bound: Iterable[Tuple[str, str, str]], exchange: str, routing_key: str
-    ) -> Optional[str]:
-        """Return what is wrong when a task reaches no queue; None where that is in order."""
-        kinds = {kind for kind, _, _ in bound}
-        if not kinds:
-            logger.warning(
-                "memory://%s: nobody is bound to exchange %r, the task sent there is dropped",
-                self._name,
-                exchange,
-            )
-        if kinds & {"direct", "topic"}:
-            return (
-                f"exchange {exchange!r}: no queue is bound with a key for {routing_key!r}, the task would be lost;"
-                " declare a queue with this routing key or send to a queue by name"
-            )
-        return None
 
     def transaction(self) -> MemoryBroker:
         return self.broker
@@ -334,6 +334,9 @@ class MemoryConsumer(Consumer):
             row = self._ours(delivery)
             if row is not None:
                 broker.change(row, READY, self._wall())
+                if self.delivery_limit:
+                    # Sent back on purpose: that is no loss, it does not bring it nearer to its limit.
+                    row.deliveries = min(row.deliveries, self.delivery_limit - 1)
             return row is not None
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
@@ -341,7 +344,9 @@ class MemoryConsumer(Consumer):
             for delivery in deliveries:
                 row = self._ours(delivery)
                 if row is not None:
+                    was_started = row.state in (STARTED_EARLY, STARTED_LATE)
                     broker.change(row, READY if row.lost_by is None else LOST, lost_by=row.lost_by)
+                    row.deliveries -= was_started
 
     def defer(self, delivery: Delivery, until: float) -> bool:
         with self._broker as broker:

@@ -10,7 +10,7 @@ or the eta), then in the order they were stored.  All indexes are partial, so a 
 returns, however many rows are ready, waiting or held.
 
 A worker that dies leaves rows with its owner number; whoever keeps house next finds its lock free
-(`connections.sqlite.OwnerLocks`) and recovers them.  Whatever has `lost_by` comes out with fate
+(`connections.owners`) and recovers them.  Whatever has `lost_by` comes out with fate
 "lost", to any worker, its queues or not.
 
 Inside a transaction `poll` only reads: the rows are written once, by the `start` that follows, or
@@ -26,17 +26,36 @@ import random
 import socket
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
+from ..connections.owners import OwnerLocks
 from ..connections.sqlite import (
-    LOST, READY, RESERVED, STARTED_EARLY, STARTED_LATE, WAITING,
-    Database, Options, OwnerLocks, Participant, Transaction, path_of,
-)  # fmt: skip
+    LOST,
+    READY,
+    RESERVED,
+    STARTED_EARLY,
+    STARTED_LATE,
+    WAITING,
+    Database,
+    Options,
+    Participant,
+    Transaction,
+    path_of,
+)
+from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured, OperationalError
 from ..message import Delivery, Message
 from ..routing import Queue, key_matches
 from ..text import host_name
 from .base import (
-    Consumer, DeadLetter, Publication, QueueSize, Transport, due_at, has_died, pause_after_loss_s,
-)  # fmt: skip
+    Consumer,
+    DeadLetter,
+    Publication,
+    QueueSize,
+    Transport,
+    due_at,
+    has_died,
+    pause_after_loss_s,
+    what_is_unroutable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +64,19 @@ BATCH = 200
 PURGE_BATCH = 5000
 #: How long a consumer that closes waits for the write lock; then the others find its messages.
 CLOSE_TIMEOUT_S = 2.0
+MAX_COUNT = 2**31
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder().decode
 
 _INSERT = (
-    "INSERT INTO messages(queue, state, priority, due, deliveries, task_id, exchange, routing_key, envelope, body)"
-    " VALUES(?, ?, ?, ?, 0, ?, ?, ?, ?, ?)"
+    "INSERT INTO messages(queue, state, priority, due, deliveries, task_id, exchange, routing_key, envelope,"
+    " body) VALUES(?, ?, ?, ?, 0, ?, ?, ?, ?, ?)"
 )
 # CAST: whatever somebody else wrote there comes as bytes, and no row can fail the whole query.
 _COLUMNS = (
-    "id, due, priority, queue, exchange, routing_key, deliveries, lost_by, CAST(envelope AS BLOB), CAST(body AS BLOB),"
-    " EXISTS(SELECT 1 FROM revoked WHERE revoked.task_id=messages.task_id AND until>?)"
+    "id, due, priority, queue, exchange, routing_key, deliveries, lost_by, CAST(envelope AS BLOB),"
+    " CAST(body AS BLOB), EXISTS(SELECT 1 FROM revoked WHERE revoked.task_id=messages.task_id AND until>?)"
 )
 _CLAIM = (
     f"SELECT {_COLUMNS} FROM messages INDEXED BY ready"
@@ -68,19 +88,24 @@ _ANY_LOST = f"SELECT 1 FROM messages INDEXED BY lost WHERE state={LOST} LIMIT 1"
 _ANY_DUE = f"SELECT 1 FROM messages INDEXED BY waiting WHERE state={WAITING} AND due<=? LIMIT 1"
 _FALL_DUE = (
     f"UPDATE messages SET state={READY} WHERE id IN"
-    f" (SELECT id FROM messages INDEXED BY waiting WHERE state={WAITING} AND due<=? ORDER BY due LIMIT {BATCH})"
+    f" (SELECT id FROM messages INDEXED BY waiting WHERE state={WAITING} AND due<=?"
+    f" ORDER BY due LIMIT {BATCH})"
 )
 _NEXT_DUE = f"SELECT min(due) FROM messages INDEXED BY waiting WHERE state={WAITING}"
 _RESERVE = f"UPDATE messages SET state={RESERVED}, owner=? WHERE id=?"
-_START_CLAIMED = "UPDATE messages SET state=?, owner=?, deliveries=deliveries+1 WHERE id=?"
+_START_CLAIMED = "UPDATE messages SET state=?, token=?, owner=?, deliveries=deliveries+1 WHERE id=?"
 # A row number is used again when the last row is gone; together with `due` it is this message's.
 _OURS = " WHERE id=? AND owner=? AND due=?"
-_START = "UPDATE messages SET state=?, deliveries=deliveries+1" + _OURS
+_START = "UPDATE messages SET state=?, token=?, deliveries=deliveries+1" + _OURS
 _DELETE = "DELETE FROM messages" + _OURS
-_REQUEUE = f"UPDATE messages SET state={READY}, owner=NULL, lost_by=NULL, due=?" + _OURS
+# Sent back on purpose: that is no loss, so it does not bring the message nearer to its limit.
+_REQUEUE = (
+    f"UPDATE messages SET state={READY}, owner=NULL, lost_by=NULL, due=?, deliveries=min(deliveries, ?)" + _OURS
+)
 _DEFER = "UPDATE messages SET state=?, owner=NULL, due=?" + _OURS
 _RELEASE = (
-    f"UPDATE messages SET state=CASE WHEN lost_by IS NULL THEN {READY} ELSE {LOST} END, owner=NULL" + _OURS
+    f"UPDATE messages SET state=CASE WHEN lost_by IS NULL THEN {READY} ELSE {LOST} END, owner=NULL,"
+    f" deliveries=deliveries-(state IN ({STARTED_LATE}, {STARTED_EARLY}))" + _OURS
 )
 _BURY = (
     "INSERT INTO dead_letters(queue, reason, at, priority, task_id, exchange, routing_key, envelope, body)"
@@ -165,27 +190,20 @@ class SQLiteTransport(Transport):
             due = due_at(message, now)
             rows.append(
                 (
-                    routing_key, WAITING if due > now else READY, message.priority, due, message.headers.get("id"),
-                    exchange, routing_key, _encode(message.envelope()).encode(), message.body,
+                    routing_key, WAITING if due > now else READY, message.priority, due,
+                    message.headers.get("id"), exchange, routing_key, _encode(message.envelope()).encode(),
+                    message.body,
                 )
             )  # fmt: skip
             routes[exchange, routing_key] = [routing_key]
+        copied = any(exchange for exchange, _ in routes)
         unroutable = None
         with db.transaction(self._options.synchronous, timeout_s):
             db.begin()
-            copied = False
-            for exchange, routing_key in routes:
-                if exchange:
-                    copied = True
-                    found = self._queues_for(db, exchange, routing_key)
-                    if not found and any(
-                        "task" in p.message.headers and p.exchange == exchange for p in publications
-                    ):
-                        unroutable = self._unroutable(db, exchange, routing_key) or unroutable
-                    routes[exchange, routing_key] = found
+            if copied:
+                unroutable = self._choose_queues(db, routes, publications)
+                rows = [(queue, *row[1:]) for row in rows for queue in routes[row[5], row[6]]]
             if unroutable is None:
-                if copied:
-                    rows = [(queue, *row[1:]) for row in rows for queue in routes[row[5], row[6]]]
                 db.write_many(_INSERT, rows)
                 for route in routes:
                     db.added(*route)
@@ -194,25 +212,22 @@ class SQLiteTransport(Transport):
             raise ImproperlyConfigured(unroutable)
 
     @staticmethod
-    def _queues_for(db: Database, exchange: str, routing_key: str) -> List[str]:
-        bindings = db.read("SELECT type, routing_key, queue FROM bindings WHERE exchange=?", (exchange,))
-        return sorted({queue for kind, key, queue in bindings if key_matches(kind, key, routing_key)})
-
-    def _unroutable(self, db: Database, exchange: str, routing_key: str) -> Optional[str]:
-        """Return what is wrong when a task reaches no queue; None where that is in order."""
-        kinds = {row[0] for row in db.read("SELECT type FROM bindings WHERE exchange=? LIMIT 1", (exchange,))}
-        if not kinds:
-            logger.warning(
-                "SQLite file %r: nobody is bound to exchange %r, the task sent there is dropped",
-                self._path,
-                exchange,
-            )
-        if kinds & {"direct", "topic"}:
-            return (
-                f"exchange {exchange!r}: no queue is bound with a key for {routing_key!r}, the task would be lost;"
-                " declare a queue with this routing key or send to a queue by name"
-            )
-        return None
+    def _choose_queues(
+        db: Database, routes: Dict[Tuple[str, str], List[str]], publications: Sequence[Publication]
+    ) -> Optional[str]:
+        """Fill in the queues of routes through an exchange; return what is wrong if a task reaches none."""
+        unroutable = None
+        for route in routes:
+            exchange, routing_key = route
+            if not exchange:
+                continue
+            bindings = db.read("SELECT type, routing_key, queue FROM bindings WHERE exchange=?", (exchange,))
+            found = {queue for kind, key, queue in bindings if key_matches(kind, key, routing_key)}
+            routes[route] = sorted(found)
+            if not found and any("task" in p.message.headers for p in publications if p[1:] == route):
+                kinds = {kind for kind, _, _ in bindings}
+                unroutable = what_is_unroutable(kinds, exchange, routing_key) or unroutable
+        return unroutable
 
     def transaction(self) -> Transaction:
         return self._database().transaction()
@@ -246,15 +261,18 @@ class SQLiteTransport(Transport):
         found = [
             (
                 0,
-                f"SELECT queue, count(*), min(due) FROM messages INDEXED BY ready WHERE state={READY} GROUP BY queue",
+                f"SELECT queue, count(*), min(due) FROM messages INDEXED BY ready"
+                f" WHERE state={READY} GROUP BY queue",
             ),
             (
                 1,
-                f"SELECT queue, count(*), 0 FROM messages INDEXED BY waiting WHERE state={WAITING} GROUP BY queue",
+                f"SELECT queue, count(*), 0 FROM messages INDEXED BY waiting"
+                f" WHERE state={WAITING} GROUP BY queue",
             ),
             (
                 2,
-                "SELECT queue, count(*), 0 FROM messages INDEXED BY held WHERE owner IS NOT NULL GROUP BY queue",
+                "SELECT queue, count(*), 0 FROM messages INDEXED BY held"
+                " WHERE owner IS NOT NULL GROUP BY queue",
             ),
             (2, f"SELECT queue, count(*), 0 FROM messages INDEXED BY lost WHERE state={LOST} GROUP BY queue"),
         ]
@@ -327,8 +345,6 @@ class SQLiteConsumer(Consumer, Participant):
     """A worker's share of a SQLite file."""
 
     poll_interval_s = 0.05
-    #: Where the jitter of pauses comes from.
-    random = random.Random()
 
     def __init__(
         self,
@@ -349,9 +365,12 @@ class SQLiteConsumer(Consumer, Participant):
         self._seen: Optional[Tuple[int, int]] = None
         self._any_lost = False
         self._closed = False
+        #: Where the jitter of pauses comes from.
+        self.random = random.Random()
         self._port = 0
         self._socket = self._bind()
         self._owner = self._register()
+        self._journal: Optional[StartJournal] = None
         db.participants.append(self)
         transport._consumers.append(self)
         try:
@@ -525,6 +544,14 @@ class SQLiteConsumer(Consumer, Participant):
         self._claimed.clear()
         self._any_lost = self._takes_lost()  # perhaps; the next poll looks
 
+    def start_journal(self) -> Optional[StartJournal]:
+        if self._journal is None:
+            try:
+                self._journal = StartJournal(self._journal_path(self._owner), create=True)
+            except OSError as error:
+                logger.warning("no journal of starts (%s): tasks are handed out one at a time", error)
+        return self._journal
+
     def start(self, deliveries: Sequence[Delivery]) -> None:
         db, owner, claimed = self._db, self._owner, self._claimed
         fresh, reserved = [], []
@@ -532,9 +559,9 @@ class SQLiteConsumer(Consumer, Participant):
             id_, due = delivery.tag
             state = STARTED_EARLY if delivery.early else STARTED_LATE
             if claimed.pop(id_, None) is not None:
-                fresh.append((state, owner, id_))
+                fresh.append((state, delivery.token, owner, id_))
             else:
-                reserved.append((state, id_, owner, due))
+                reserved.append((state, delivery.token, id_, owner, due))
         if fresh:
             db.write_many(_START_CLAIMED, fresh)
         if reserved:
@@ -559,7 +586,8 @@ class SQLiteConsumer(Consumer, Participant):
     def reject(self, delivery: Delivery, requeue: bool, reason: str = "rejected") -> bool:
         if not requeue:
             return self.dead_letter(delivery, reason)
-        return self._give_back(_REQUEUE, (self._wall(),), delivery)
+        most = self.delivery_limit - 1 if self.delivery_limit else MAX_COUNT
+        return self._give_back(_REQUEUE, (self._wall(), most), delivery)
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
         with self._db.transaction():
@@ -598,7 +626,8 @@ class SQLiteConsumer(Consumer, Participant):
         if db.read("SELECT 1 FROM revoked WHERE until<=? LIMIT 1", (now,)):
             with db.transaction():
                 db.write(
-                    f"DELETE FROM revoked WHERE task_id IN (SELECT task_id FROM revoked WHERE until<=? LIMIT {BATCH})",
+                    "DELETE FROM revoked WHERE task_id IN"
+                    f" (SELECT task_id FROM revoked WHERE until<=? LIMIT {BATCH})",
                     (now,),
                 )
         self._expire_queues(now)
@@ -610,16 +639,20 @@ class SQLiteConsumer(Consumer, Participant):
         """Give back what a dead owner held; return how many messages that were."""
         db = self._db
         limit = self.delivery_limit
+        journal = self._journal_of(owner)
         with db.transaction(timeout_s=timeout_s):
             db.begin()
             if not db.read("SELECT 1 FROM owners WHERE id=?", (owner,)):
                 return 0  # somebody else was faster
             rows = db.read(
-                "SELECT id, state, deliveries, due, lost_by, queue FROM messages INDEXED BY held WHERE owner=?",
+                "SELECT id, state, deliveries, due, lost_by, queue, token"
+                " FROM messages INDEXED BY held WHERE owner=?",
                 (owner,),
             )
             changes = []
-            for id_, state, deliveries, due, lost_by, queue in rows:
+            for id_, state, deliveries, due, lost_by, queue, token in rows:
+                if token is not None and journal is not None and not journal.has_begun(token):
+                    state, deliveries = RESERVED, deliveries - 1
                 may_run_again = state == RESERVED or (
                     state == STARTED_LATE and (not limit or deliveries < limit)
                 )
@@ -635,15 +668,36 @@ class SQLiteConsumer(Consumer, Participant):
                         state, due = WAITING, now + pause_s
                     else:
                         state = READY
-                changes.append((state, due, lost_by, id_))
+                changes.append((state, due, lost_by, deliveries, id_))
                 db.added("", queue)
-            db.write_many("UPDATE messages SET state=?, due=?, lost_by=?, owner=NULL WHERE id=?", changes)
+            db.write_many(
+                "UPDATE messages SET state=?, due=?, lost_by=?, deliveries=?, owner=NULL, token=NULL WHERE id=?", changes
+            )
             used = db.read("SELECT queue FROM consumers WHERE owner=?", (owner,))
             db.write("DELETE FROM consumers WHERE owner=?", (owner,))
             for (queue,) in used:
                 self._leave(queue, now)
             db.write("DELETE FROM owners WHERE id=?", (owner,))
+        if journal is not None:
+            journal.close()
+            _remove(journal.path)
         return len(rows)
+
+    def _journal_of(self, owner: int) -> Optional[StartJournal]:
+        """Return what an owner's children noted; None = nothing was handed out ahead, or nobody knows."""
+        if owner == self._owner:
+            return self._journal
+        try:
+            return StartJournal(self._journal_path(owner))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            # All that is marked as started then counts as started: none of it can start twice.
+            logger.warning("%r cannot be read (%s)", self._journal_path(owner), error)
+            return None
+
+    def _journal_path(self, owner: int) -> str:
+        return f"{self._db.path}-starts-{owner}"
 
     def _leave(self, queue: str, now: float) -> None:
         """Delete a queue that goes with its last consumer, or start its time to expire."""
@@ -733,6 +787,13 @@ class SQLiteConsumer(Consumer, Participant):
         finally:
             db.participants.remove(self)
             self._locks.drop(self._owner)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        logger.debug("%r stays: %s", path, error)
 
 
 def _place(row: Any) -> Tuple[int, float, int]:

@@ -1,67 +1,54 @@
 # SPDX-License-Identifier: MIT
-"""TaskConsumer: takes messages, decides by their headers, gives them to the pool, settles them.
+"""TaskConsumer: takes messages, gives them to the pool, settles them.
 
 Everything happens in *turns*, one transaction each:
 
     settle what finished  (follow-ups + results + ack)
     take new messages, as many as there are free slots
-    decide: refuse, revoke, expire, put off (rate limit), or start
+    decide: refuse, revoke, expire, put off (rate limit), or start        (see `admission`)
     mark the starting ones as started
     ---- commit ----
     hand the started ones to the pool, write log lines, send signals
 
 So nothing runs that the broker does not know to have started, no slot waits for a result to be
 stored, and whatever fails before the commit is as if it had not been tried: the turn is repeated
-with growing pauses.
+with growing pauses.  What has to be settled stays listed until it is committed.
+
+While broker or result backend cannot be reached, nothing new is taken.  A settlement that fails for
+another reason is found by settling one by one (`_careful`), and then less of it is settled.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
 
-from .. import signals, states
-from ..backends.base import Backend, StoredResult
-from ..exceptions import (
-    BackendError,
-    ContentDisallowed,
-    InvalidTaskError,
-    MiniqError,
-    NotRegistered,
-    OperationalError,
-    TaskRevokedError,
-    Terminated,
-    TimeLimitExceeded,
-    WorkerLostError,
-)
+from ..backends.base import Backend
+from ..exceptions import BackendError, OperationalError, WorkerLostError
 from ..log import get_logger
 from ..loop import Loop, Timer
-from ..message import Delivery, upgrade_v1, validate_headers
 from ..pools.base import Job, Lost, Pool
-from ..serialization import decompress, dumps, exception_to_dict, loads
-from ..task import Context
-from ..text import import_object, nearest, safe_repr
-from ..times import TokenBucket, parse_rate, to_epoch
-from ..trace import Outcome, TaskRunner
-from ..transports.base import Consumer, Publication, Transport
-from .request import Request, TaskPolicy
+from ..trace import Outcome, TaskRunner, ignores_result
+from ..transports.base import Consumer, Transport
+from .admission import Admission
+from .request import Request
+from .settlement import Batch, Finished, NotOurs, Settler
 
 logger = get_logger(__name__)
 
-#: How many revoked ids a worker remembers; the broker keeps them too, where it can.
-REVOKES_MAX = 50_000
 #: Pauses between tries of a turn that failed, in seconds.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
-
-Finished = Tuple[Request, Union[Outcome, Lost]]
-
-
-class NotOurs(Exception):
-    """Raised inside a turn to undo it: a delivery belongs to another worker by now."""
-
-    def __init__(self, requests: List[Request]) -> None:
-        self.requests = requests
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+#: Trouble with the broker that is over sooner is not worth a line: a locked file, say.
+TOLD_AFTER_S = 1.0
+#: Seconds a result backend may be away until results are dropped (`result_backend_always_retry`: never).
+RESULT_PATIENCE_S = 60.0
+#: Messages held beyond the free slots with a prefetch multiplier of 0.
+NO_LIMIT = 1000
+#: How many messages are taken beyond the free slots at most; a pool may take fewer.
+MOST_AHEAD = 64
+#: The wall clock may be set while a message waits to be due: it is looked at again this often.
+WALL_CLOCK_CHECK_S = 5.0
 
 
 class TaskConsumer:
@@ -78,7 +65,9 @@ class TaskConsumer:
         runner: TaskRunner,
         hostname: str,
         concurrency: int,
-        prefetch_multiplier: int,
+        prefetch_multiplier: int = 1,
+        time_limit: Optional[float] = None,
+        soft_time_limit: Optional[float] = None,
     ) -> None:
         self.app = app
         self.loop = loop
@@ -86,28 +75,32 @@ class TaskConsumer:
         self.consumer = consumer
         self.backend = backend
         self.pool = pool
-        self.runner = runner
         self.hostname = hostname
+        self.settler = Settler(app, loop, consumer, runner, hostname, consumer.delivery_limit)
+        self.admission = Admission(
+            app, loop, consumer, backend, pool, self.settler, time_limit, soft_time_limit
+        )
         self.concurrency = concurrency
         self.prefetch_multiplier = prefetch_multiplier
-        self.delivery_limit: int = app.conf.task_delivery_limit
-        self.rate_limits = not app.conf.worker_disable_rate_limits
 
         self.consuming = False
-        #: Late-acked tasks cut off by a cold shutdown go back instead of failing.
-        self.cutting_off = False
         self.reserved: Deque[Request] = deque()
         self.running: Dict[int, Request] = {}
-        self.revoked: Dict[str, float] = {}
+        #: Task name -> how many were started here.
         self.total: Dict[str, int] = {}
-        self.counts = {"finished": 0, "requeued": 0, "lost": 0}
         self.on_idle: Optional[Callable[[], None]] = None
 
-        self._policies: Dict[str, TaskPolicy] = {}
-        #: Rate-limited task -> when (loop time) the next message that is put off gets its turn.
-        self._places: Dict[str, float] = {}
+        #: How many messages are taken beyond the free slots; more only while all of them are quick.
+        self._ahead = 0
+        self._journal = consumer.start_journal() if pool.can_take_ahead else None
+        if self._journal is not None:
+            pool.use_journal(self._journal)
+        #: Taken back from the pool before they began; given back to the broker in the next turn.
+        self._returned: List[Request] = []
         self._finished: List[Finished] = []
         self._started: List[Tuple[Request, int]] = []
+        #: How many of `_finished` are settled one by one, because one of them is bad.
+        self._careful = 0
         self._turn_due = False
         self._hungry = False
         self._watched: Optional[int] = None
@@ -115,6 +108,8 @@ class TaskConsumer:
         self._due: Optional[Timer] = None
         self._pause_s = 0.0
         self._trouble_since: Optional[float] = None
+        self._trouble_told = False
+        self._backend_away_since: Optional[float] = None
 
     # -- life
 
@@ -124,25 +119,15 @@ class TaskConsumer:
         self.schedule()
 
     def stop_taking(self) -> None:
-        """Take no more messages; give back at once what has not started."""
+        """Take no more messages; the next turn gives back what has not started."""
         self.consuming = False
         self._be_fed()
-        if self.reserved:
-            deliveries = [request.delivery for request in self.reserved]
-            self.reserved.clear()
-            self.counts["requeued"] += len(deliveries)
-            try:
-                self.consumer.release(deliveries)
-            except OperationalError as error:
-                logger.warning(
-                    "%d messages that had not started could not be handed back (%s); they go back when this"
-                    " worker is gone", len(deliveries), error,
-                )  # fmt: skip
+        self.schedule()
 
     @property
     def settled(self) -> bool:
-        """Say whether nothing runs and nothing waits to be settled."""
-        return not self.running and not self._finished
+        """Say whether nothing runs, waits to be settled, or waits to be given back."""
+        return not (self.running or self.reserved)
 
     # -- turns
 
@@ -158,75 +143,151 @@ class TaskConsumer:
     def turn(self) -> None:
         """Settle, take, start: one transaction (see the module)."""
         self._turn_due = False
-        finished, self._finished = self._finished, []
-        started, self._started = self._started, []
+        finished = self._finished[:1] if self._careful else self._finished[:]
+        started = self._started[:]
         reserved = list(self.reserved)
+        returned = self._returned[:]
         ready: List[Request] = []
-        after: List[Callable[[], None]] = []
+        ahead: List[Request] = []
+        batch = Batch()
         asked = got = 0
         try:
             with self.transport.transaction():
                 if finished or started:
-                    self._settle(finished, started, after)
-                if self.consuming:
-                    free = self.pool.free_slots
-                    while reserved and len(ready) < free:
-                        self._take_reserved(reserved, ready, after)
-                    extra = (self.prefetch_multiplier - 1) * self.concurrency
-                    asked = free - len(ready) + max(0, extra - len(reserved))
-                    if asked > 0:
-                        deliveries = self.consumer.poll(asked)
-                        got = len(deliveries)
-                        for delivery in deliveries:
-                            request = self._consider(delivery, after)
-                            if request is None:
-                                continue
-                            if len(ready) < free:
-                                ready.append(request)
-                            else:
-                                reserved.append(request)
-                    if ready:
-                        self.consumer.start([request.delivery for request in ready])
-        except NotOurs as error:
-            self._forget(finished, started, error.requests)
+                    self._settle(finished, started, batch)
+                if returned:
+                    self.consumer.release([request.delivery for request in returned])
+                if not self.consuming:
+                    self._give_back(reserved)
+                elif not self._careful:
+                    asked, got = self._take(reserved, ready, ahead, batch)
+        except Exception as error:  # named net: nothing was committed, so nothing is forgotten
+            for request in ready + ahead:
+                self._free_token(request)
+            if isinstance(error, NotOurs):
+                self._drop(error.requests)
+            elif isinstance(error, OperationalError) or self._is_backend_away(error):
+                self._trouble(error)
+            else:
+                self._contain(finished, error)
             return
-        except BackendError as error:
-            self._finished = finished + self._finished
-            self._isolate(error)
-            return
-        except OperationalError as error:
-            self._finished = finished + self._finished
-            self._started = started + self._started
-            self._trouble(error)
-            return
-        except Exception as error:  # safety net: nothing was committed, nothing may be forgotten
-            logger.exception("A turn of the worker failed and is repeated")
-            self._finished = finished + self._finished
-            self._trouble(error)
-            return
-        if self._trouble_since is not None:
-            logger.warning("Broker reached again after %.1f s.", self.loop.mono() - self._trouble_since)
-            self._trouble_since, self._pause_s = None, 0.0
+        self._recovered(batch)
         self.reserved = deque(reserved)
-        for request, _ in finished:
-            self.running.pop(id(request), None)
-        for call in after:
-            call()
+        for one in finished:
+            self._forget(one.request)
+        for request in returned:
+            self._forget(request)
+        del self._finished[: len(finished)], self._started[: len(started)], self._returned[: len(returned)]
+        if self._careful:
+            self._careful -= 1
+            self.schedule()
+        for call in batch.after:
+            self._call(call)
         for request in ready:
-            self._submit(request)
+            self._submit(request, self.pool.submit)
+        for request in ahead:
+            self._submit(request, self.pool.submit_ahead)
         self._watch(asked, got)
         if self.on_idle is not None and self.settled:
             self.on_idle()
 
+    def _reserve_room(self, reserved: int) -> int:
+        """Return how many more messages may wait here for a free slot (`worker_prefetch_multiplier`)."""
+        most = (self.prefetch_multiplier - 1) * self.concurrency if self.prefetch_multiplier else NO_LIMIT
+        return max(0, most - reserved)
+
+    def _settle(self, finished: List[Finished], started: List[Tuple[Request, int]], batch: Batch) -> None:
+        for one in finished:
+            batch.add(one)
+        if started:
+            ended = {id(one.request) for one in self._finished}
+            for request, pid in started:
+                if id(request) not in ended and not ignores_result(request.task, request.context()):
+                    batch.results.append(self.settler.started_result(request, pid))
+        batch.write(self.transport, self.backend, self.app.conf.task_publish_timeout)
+
+    def _take(
+        self, reserved: List[Request], ready: List[Request], ahead: List[Request], batch: Batch
+    ) -> Tuple[int, int]:
+        """Take messages and decide; return how many were asked for and how many came."""
+        free = self.pool.free_slots
+        while reserved and len(ready) < free:
+            request = reserved.pop(0)
+            if self.admission.still_wanted(request, batch):
+                ready.append(request)
+        keep = self._reserve_room(len(reserved))
+        beyond = min(self._ahead, self.pool.ahead_slots)
+        asked = free - len(ready) + keep + beyond
+        deliveries = self.consumer.poll(asked) if asked > 0 else []
+        surplus: List[Request] = []
+        admitted_all = True
+        for delivery in deliveries:
+            admitted = self.admission.admit(delivery, batch)
+            if admitted is None:
+                admitted_all = False
+            elif len(ready) < free:
+                ready.append(admitted)
+            elif len(ahead) < beyond and admitted.may_go_ahead:
+                ahead.append(admitted)
+            elif keep > 0:
+                keep -= 1
+                reserved.append(admitted)
+            else:
+                surplus.append(admitted)
+        if batch.endings:
+            batch.write(self.transport, self.backend, self.app.conf.task_publish_timeout)
+        if surplus:
+            self.consumer.release([request.delivery for request in surplus])
+        self._adapt(asked, len(deliveries), admitted_all and not surplus, ready)
+        starting = ready + ahead
+        if starting:
+            if self._journal is not None:
+                for request in starting:
+                    request.delivery.token = self._journal.token()
+            # Last of all: what is not committed after this has not started.
+            self.consumer.start([request.delivery for request in starting])
+        return asked, len(deliveries)
+
+    def _adapt(self, asked: int, got: int, all_welcome: bool, ready: List[Request]) -> None:
+        """Take more beyond the free slots while the queue is long and quick, nothing otherwise."""
+        if not all_welcome:
+            self._ahead = 0
+        elif self._journal is not None and 0 < asked == got and all(one.may_go_ahead for one in ready):
+            self._ahead = min(2 * self._ahead or 2, MOST_AHEAD)
+
+    def _forget(self, request: Request) -> None:
+        """The request is settled or given back: it is not this worker's any more."""
+        self.running.pop(id(request), None)
+        self._free_token(request)
+
+    def _free_token(self, request: Request) -> None:
+        token, request.delivery.token = request.delivery.token, None
+        if token is not None and self._journal is not None:
+            self._journal.free(token)
+
+    def _give_back(self, reserved: List[Request]) -> None:
+        if reserved:
+            self.consumer.release([request.delivery for request in reserved])
+            self.settler.counts["requeued"] += len(reserved)
+            reserved.clear()
+
+    def _call(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception:  # named net: what was committed must still be handed to the pool
+            logger.exception("What follows a turn failed; the worker goes on")
+
+    # -- what wakes the next turn
+
     def _watch(self, asked: int, got: int) -> None:
-        """Decide what wakes the next turn: another poll, the broker's descriptor, a due message."""
         if not self.consuming or asked <= 0:
             self._be_fed()
-        elif got >= asked:
-            if self.pool.free_slots > 0:
-                self.schedule()
-        else:
+        elif got < asked:
             self._be_hungry()
+        elif self.pool.free_slots > 0:
+            self.schedule()
+        else:
+            self._be_fed()
 
     def _be_hungry(self) -> None:
         """There are free slots and no messages: watch for new ones."""
@@ -248,8 +309,7 @@ class TaskConsumer:
             self._trouble(error)
             return
         if due is not None:
-            # A long wait is looked at again now and then: the wall clock may be set meanwhile.
-            self._due = loop.call_later(min(max(0.0, due - loop.now()), 5.0), self.schedule)
+            self._due = loop.call_later(min(max(0.0, due - loop.now()), WALL_CLOCK_CHECK_S), self.schedule)
 
     def _be_fed(self) -> None:
         """All slots are taken: stop watching, so that arriving messages cost nothing."""
@@ -281,428 +341,140 @@ class TaskConsumer:
         if self.consumer.poll_interval_s is not None:
             self._net = self.loop.call_later(self.consumer.poll_interval_s, self._look)
 
+    # -- turns that fail
+
     def _trouble(self, error: Exception) -> None:
         """The broker did not take the turn: nothing of it happened; try again after a pause."""
+        mono = self.loop.mono()
         if self._trouble_since is None:
-            self._trouble_since = self.loop.mono()
-            logger.error("Broker: %s; this worker keeps its %d outcomes and tries again.", error, len(self._finished))
+            self._trouble_since = mono
+        if not self._trouble_told and (
+            mono - self._trouble_since >= TOLD_AFTER_S or not isinstance(error, OperationalError)
+        ):
+            self._trouble_told = True
+            foreseen = isinstance(error, (OperationalError, BackendError))
+            logger.error(
+                "%s: %s; this worker keeps its %d outcomes and tries again.",
+                "Result backend" if isinstance(error, BackendError) else "Broker", error, len(self._finished),
+                exc_info=None if foreseen else error,
+            )  # fmt: skip
         self._pause_s = min(max(FIRST_PAUSE_S, self._pause_s * 2), LONGEST_PAUSE_S)
         self.schedule()
 
-    def _isolate(self, error: BackendError) -> None:
-        """A result of the last turn could not be stored: settle one by one to find which."""
-        logger.error("Result backend: %s", error)
-        finished, self._finished = self._finished, []
-        for request, outcome in finished:
-            try:
-                with self.transport.transaction():
-                    self._settle([(request, outcome)], [], [])
-            except OperationalError as trouble:
-                self._finished.append((request, outcome))
-                self._trouble(trouble)
-                continue
-            except BackendError as cause:
-                self._finished.append((request, self._unstorable(request, outcome, cause)))
-                self._pause_s = max(FIRST_PAUSE_S, min(self._pause_s * 2, LONGEST_PAUSE_S))
-                continue
-            except NotOurs as lost:
-                self._forget([(request, outcome)], [], lost.requests)
-                continue
-            self.running.pop(id(request), None)
-        self.schedule()
+    def _is_backend_away(self, error: Exception) -> bool:
+        """Say whether the result backend could not be reached, and is worth waiting for."""
+        if not isinstance(error, BackendError) or not isinstance(error.__cause__, OperationalError):
+            return False
+        if self._backend_away_since is None:
+            self._backend_away_since = self.loop.mono()
+        patient: bool = self.app.conf.result_backend_always_retry
+        return patient or self.loop.mono() - self._backend_away_since < RESULT_PATIENCE_S
 
-    def _unstorable(self, request: Request, outcome: Union[Outcome, Lost], cause: BackendError) -> Union[Outcome, Lost]:
-        """Replace an outcome whose result the store refuses by the failure to store it."""
-        if isinstance(outcome, Lost) or outcome.reason == _UNSTORABLE:
-            # Not even the failure can be stored: settle the message without any result.
-            return Outcome(states.FAILURE, [], [], "ack", _UNSTORABLE)
-        logger.error("Task %s: its result could not be stored (%s); it is stored as a failure", request, cause)
-        results, _ = request.failed_here(self.runner, cause, announce=False)
-        return Outcome(states.FAILURE, results, outcome.followups, "ack", _UNSTORABLE)
+    def _recovered(self, batch: Batch) -> None:
+        self._pause_s = 0.0
+        if batch.stored:
+            self._backend_away_since = None
+        if self._trouble_since is not None:
+            if self._trouble_told:
+                logger.warning("Broker reached again after %.1f s.", self.loop.mono() - self._trouble_since)
+            self._trouble_since, self._trouble_told = None, False
 
-    def _forget(self, finished: List[Finished], started: List[Tuple[Request, int]], gone: List[Request]) -> None:
+    def _drop(self, gone: List[Request]) -> None:
         """Drop outcomes of messages that another worker has taken over; keep the rest."""
         for request in gone:
-            logger.warning("Task %s was given to another worker meanwhile; its outcome here is dropped", request)
-            self.running.pop(id(request), None)
-            self.counts["lost"] += 1
-        self._finished = [one for one in finished if one[0] not in gone] + self._finished
-        self._started = [one for one in started if one[0] not in gone] + self._started
+            logger.warning(
+                "Task %s was given to another worker meanwhile; its outcome here is dropped", request
+            )
+            self._forget(request)
+            self.settler.counts["lost"] += 1
+        self._finished = [one for one in self._finished if one.request not in gone]
+        self._careful = min(self._careful, len(self._finished))
         self.schedule()
 
-    # -- settle
-
-    def _settle(
-        self, finished: List[Finished], started: List[Tuple[Request, int]], after: List[Callable[[], None]]
-    ) -> None:
-        results: List[StoredResult] = []
-        publications: List[Publication] = []
-        endings: List[Tuple[Request, Callable[[], bool]]] = []
-        ended = {id(request) for request, _ in finished}
-        for request, pid in started:
-            if id(request) not in ended and not self._ignores_result(request):
-                results.append(self._started_result(request, pid))
-        consumer = self.consumer
-        for request, outcome in finished:
-            delivery = request.delivery
-            if isinstance(outcome, Lost):
-                self._settle_lost(request, outcome, results, publications, endings, after)
-                continue
-            results.extend(outcome.results)
-            publications.extend(outcome.followups)
-            action, reason = outcome.action, outcome.reason
-            if action == "ack" and outcome.state == states.FAILURE and not delivery.early:
-                if not request.policy.acks_on_failure:
-                    action, reason = "reject", "failed, and acks_on_failure is off"
-            if action == "ack":
-                endings.append((request, lambda d=delivery: consumer.ack(d)))  # type: ignore[misc]
+    def _contain(self, finished: List[Finished], error: Exception) -> None:
+        """The turn failed, and not because the broker is away: find the outcome which causes that."""
+        if self._started:
+            # The state STARTED is a courtesy: it must not keep a result from being stored.
+            logger.warning("The state STARTED of %d tasks cannot be stored: %s", len(self._started), error)
+            self._started.clear()
+            self.schedule()
+        elif not finished:
+            self._trouble(error)
+        elif not self._careful:
+            self._careful = len(finished)
+            self.schedule()
+        else:
+            one = finished[0]
+            if one.refusals < 2:
+                self.settler.refused(one, error)
             else:
-                requeue = action == "requeue"
-                endings.append(
-                    (request, lambda d=delivery, q=requeue, r=reason: consumer.reject(d, q, r))  # type: ignore[misc]
-                )
-                if signals.task_rejected.receivers:
-                    after.append(lambda r=request: _send_rejected(r))  # type: ignore[misc]
-            self.counts["finished"] += 1
-        if publications:
-            self.transport.publish(publications, self.app.conf.task_publish_timeout)
-        if results:
-            self._store(results)
-        gone = [request for request, end in endings if not end()]
-        if gone:
-            raise NotOurs(gone)
-
-    def _store(self, results: List[StoredResult]) -> None:
-        if self.backend.enabled:
-            self.backend.store(results)
-
-    def _settle_lost(
-        self,
-        request: Request,
-        lost: Lost,
-        results: List[StoredResult],
-        publications: List[Publication],
-        endings: List[Tuple[Request, Callable[[], bool]]],
-        after: List[Callable[[], None]],
-    ) -> None:
-        """Settle a task whose process could not tell its outcome."""
-        consumer, delivery, policy = self.consumer, request.delivery, request.policy
-        error = lost.error
-        late = not delivery.early
-        if isinstance(error, Terminated) or request.terminating:
-            results.extend(self._revoked_results(delivery, "terminated"))
-            endings.append((request, lambda: consumer.ack(delivery)))
-            after.append(lambda: self._announce_revoked(delivery, terminated=True, signum=request.terminating))
-            return
-        if isinstance(error, WorkerLostError) and late and self.cutting_off:
-            endings.append((request, lambda: self._hand_back(delivery)))
-            after.append(lambda: logger.warning("Task %s was cut off by the shutdown and is back in its queue", request))
-            self.counts["requeued"] += 1
-            return
-        if isinstance(error, WorkerLostError) and late and policy.reject_on_worker_lost:
-            starts = delivery.deliveries + 1
-            if not self.delivery_limit or starts < self.delivery_limit:
-                until = self.loop.now() + redelivery_pause_s(starts)
-                endings.append((request, lambda: consumer.defer(delivery, until)))
-                after.append(lambda: logger.error("Task %s: %s; start %d, it will be started again", request, error, starts))
-                self.counts["requeued"] += 1
-                return
-            error = WorkerLostError(f"{error} (start {starts} of at most {self.delivery_limit})")
-            self._fail(request, error, results, publications)
-            endings.append((request, lambda: consumer.dead_letter(delivery, str(error))))
-            after.append(lambda: log_set_aside(request, str(error)))
-            return
-        if isinstance(error, TimeLimitExceeded):
-            request.on_timeout(False, request.time_limit or 0.0)
-            after.append(lambda: logger.error("Hard time limit (%ss) exceeded for %s", request.time_limit, request))
-            if late and not policy.acks_on_timeout:
-                endings.append((request, lambda: consumer.reject(delivery, True)))
-                return
-        self.counts["lost"] += 1
-        self._fail(request, error, results, publications)
-        endings.append((request, lambda: consumer.ack(delivery)))
-
-    def _fail(
-        self, request: Request, error: BaseException, results: List[StoredResult], publications: List[Publication]
-    ) -> None:
-        made, followups = request.failed_here(self.runner, error, announce=True)
-        results.extend(made)
-        publications.extend(followups)
-
-    def _hand_back(self, delivery: Delivery) -> bool:
-        self.consumer.release([delivery])
-        return True
-
-    # -- admit
-
-    def _consider(self, delivery: Delivery, after: List[Callable[[], None]]) -> Optional[Request]:
-        """Admit a message; whatever is wrong with it is no reason to stop the others."""
-        try:
-            return self._admit(delivery, after)
-        except (OperationalError, BackendError):
-            raise
-        except Exception as error:  # safety net: a message that breaks the worker is set aside
-            logger.exception("A message from queue %s cannot be handled", delivery.queue)
-            self._refuse(delivery, InvalidTaskError(f"it cannot be handled: {error!r:.500}"), after)
-            return None
-
-    def _admit(self, delivery: Delivery, after: List[Callable[[], None]]) -> Optional[Request]:
-        """Decide what becomes of a message; return a request if it may start now."""
-        message = delivery.message
-        headers = message.headers
-        if delivery.fate == "garbage":
-            self._refuse(delivery, InvalidTaskError("it is not a message at all"), after)
-            return None
-        if "task" not in headers and not self._upgrade(delivery, after):
-            return None
-        headers = message.headers
-        wrong = validate_headers(headers)
-        if wrong is not None:
-            self._refuse(delivery, InvalidTaskError(wrong), after)
-            return None
-        name, task_id = headers["task"], headers["id"]
-        policy = self._policies.get(name)
-        if policy is None:
-            policy = self._make_policy(name)
-            if policy is None:
-                self._unknown(delivery, after)
-                return None
-        delivery.early = not policy.acks_late
-        request = policy.request_class(delivery, policy, self.hostname)
-        if delivery.fate == "lost":
-            self._bury(request, after)
-            return None
-        if delivery.fate == "revoked" or (self.revoked and task_id in self.revoked):
-            self._drop_revoked(delivery, "revoked", after)
-            return None
-        expires, eta = headers.get("expires"), headers.get("eta")
-        if expires is not None or eta is not None:
-            now = self.loop.now()
-            try:
-                expired = expires is not None and to_epoch(expires, self.app.zone) <= now
-                due = now if eta is None else to_epoch(eta, self.app.zone)
-            except ValueError as error:
-                self._refuse(delivery, InvalidTaskError(f"eta or expires: {error}"), after)
-                return None
-            if expired:
-                self._drop_revoked(delivery, "expired", after)
-                return None
-            if due > now:
-                self.consumer.defer(delivery, due)
-                return None
-        if message.content_type not in self.app.accept:
-            known = ", ".join(sorted(self.app.accept))
-            what = f"content type {message.content_type!r:.100} is not accepted (accept_content allows {known})"
-            self._refuse(delivery, ContentDisallowed(what), after)
-            return None
-        if delivery.deliveries and policy.acks_late and self._already_succeeded(request):
-            self.consumer.ack(delivery)
-            after.append(lambda: logger.info("Task %s had succeeded already, its redelivery is skipped", request))
-            return None
-        bucket = policy.bucket
-        if bucket is not None and not bucket.can_consume(self.loop.mono()):
-            self.consumer.defer(delivery, self.loop.now() + self._next_place(name, bucket))
-            return None
-        if logger.isEnabledFor(logging.INFO):
-            after.append(lambda: logger.info("Task %s received", request))
-        if signals.task_received.receivers:
-            after.append(lambda: _send_received(request))
-        return request
-
-    def _take_reserved(self, reserved: List[Request], ready: List[Request], after: List[Callable[[], None]]) -> None:
-        """Look once more at a message that waited here for a slot."""
-        request = reserved.pop(0)
-        delivery = request.delivery
-        expires = delivery.message.headers.get("expires")
-        if request.id in self.revoked:
-            self._drop_revoked(delivery, "revoked", after)
-        elif expires is not None and to_epoch(expires, self.app.zone) <= self.loop.now():
-            self._drop_revoked(delivery, "expired", after)
-        else:
-            ready.append(request)
-
-    def _upgrade(self, delivery: Delivery, after: List[Callable[[], None]]) -> bool:
-        """Turn a protocol 1 message into protocol 2; the only body that is decoded here."""
-        message = delivery.message
-        try:
-            body = message.body
-            compression = message.headers.get("compression")
-            if compression:
-                body = decompress(body, compression)
-            value = loads(body, message.content_type, message.content_encoding, self.app.accept)
-            try:
-                headers, new_body = upgrade_v1(value)
-            except ValueError as error:
-                raise InvalidTaskError(str(error)) from error
-            message.content_type, message.content_encoding, message.body = dumps(
-                new_body, "pickle" if "pickle" in message.content_type else "json"
-            )
-        except MiniqError as error:
-            self._refuse(delivery, error, after)
-            return False
-        message.headers = {**message.headers, **headers}
-        message.headers.pop("compression", None)
-        return True
-
-    def _make_policy(self, name: str) -> Optional[TaskPolicy]:
-        task = self.app.tasks.get(name)
-        if task is None:
-            return None
-        conf = self.app.conf
-        request_class = task.Request or Request
-        if isinstance(request_class, str):
-            request_class = import_object(request_class)
-        rate = None
-        if self.rate_limits:
-            rate = parse_rate(conf.task_default_rate_limit if task.rate_limit is None else task.rate_limit)
-        bucket = TokenBucket(rate) if rate else None
-        policy = self._policies[name] = TaskPolicy(task, conf, request_class, bucket)
-        self._warn_of_limits(policy)
-        return policy
-
-    def _warn_of_limits(self, policy: TaskPolicy) -> None:
-        """Say it when this pool cannot keep a limit that a task asks for."""
-        pool = self.pool
-        for kept, limit, word in (
-            (pool.has_soft_limit, policy.soft_limit_s, "soft"),
-            (pool.has_hard_limit, policy.hard_limit_s, "hard"),
-        ):
-            if limit and not kept:
-                logger.warning(
-                    "Task %s has a %s time limit (%ss) which the pool %s cannot keep",
-                    policy.task.name, word, limit, type(pool).__name__,
-                )  # fmt: skip
-
-    def _next_place(self, name: str, bucket: TokenBucket) -> float:
-        """Return the seconds until this message's turn comes, behind those that wait already."""
-        mono = self.loop.mono()
-        place = max(self._places.get(name, 0.0), mono + bucket.expected_wait(mono))
-        self._places[name] = place + 1.0 / bucket.rate
-        return place - mono
-
-    def _already_succeeded(self, request: Request) -> bool:
-        if not self.app.conf.worker_deduplicate_successful_tasks or not self.backend.enabled:
-            return False
-        found = self.backend.fetch([request.id]).get(request.id)
-        return found is not None and found.state == states.SUCCESS
-
-    # -- messages that do not run
-
-    def _refuse(self, delivery: Delivery, error: MiniqError, after: List[Callable[[], None]]) -> None:
-        """Set a message aside; its waiter gets FAILURE, where the message says who that is."""
-        headers = delivery.message.headers
-        task_id = headers.get("id")
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(task_id, str) and task_id and not headers.get("ignore_result"):
-            request = Context(id=task_id, task=str(headers.get("task")), hostname=self.hostname)
-            self._store([self.runner.encode(request, states.FAILURE, exception_to_dict(error), None)])
-        self.consumer.dead_letter(delivery, reason)
-        shown = f"{safe_repr(headers.get('task'))}[{safe_repr(task_id)}] from queue {delivery.queue}"
-        after.append(
-            lambda: logger.error("Message %s cannot be run and is set aside as a dead letter: %s", shown, reason)
-        )
-
-    def _unknown(self, delivery: Delivery, after: List[Callable[[], None]]) -> None:
-        name = delivery.message.headers["task"]
-        hint = nearest(name, self.app.tasks)
-        text = f"{name}: no task of this name is registered here" + (f"; the nearest is {hint}" if hint else "")
-        error = NotRegistered(text)
-        self._refuse(delivery, error, after)
-        if signals.task_unknown.receivers:
-            task_id = delivery.message.headers["id"]
-            after.append(lambda: _send_unknown(self.hostname, delivery, error, name, task_id))
-
-    def _bury(self, request: Request, after: List[Callable[[], None]]) -> None:
-        """A worker died with this message: it may not start again, so it ends here as a failure."""
-        delivery = request.delivery
-        results: List[StoredResult] = []
-        publications: List[Publication] = []
-        error = WorkerLostError(f"worker {delivery.lost_by} died while it ran the task")
-        if not delivery.early:
-            error = WorkerLostError(f"{error} (start {delivery.deliveries} of at most {self.delivery_limit})")
-            after.append(lambda: log_set_aside(request, str(error)))
-        self._fail(request, error, results, publications)
-        if publications:
-            self.transport.publish(publications, self.app.conf.task_publish_timeout)
-        self._store(results)
-        if delivery.early:
-            self.consumer.ack(delivery)
-        else:
-            self.consumer.dead_letter(delivery, str(error))
-        self.counts["lost"] += 1
-
-    def _drop_revoked(self, delivery: Delivery, why: str, after: List[Callable[[], None]]) -> None:
-        self._store(self._revoked_results(delivery, why))
-        self.consumer.ack(delivery)
-        after.append(lambda: self._announce_revoked(delivery, expired=why == "expired"))
-
-    def _revoked_results(self, delivery: Delivery, why: str) -> List[StoredResult]:
-        headers = delivery.message.headers
-        if headers.get("ignore_result"):
-            return []
-        request = Context(headers, hostname=self.hostname)
-        return [self.runner.encode(request, states.REVOKED, exception_to_dict(TaskRevokedError(why)), None)]
-
-    def _announce_revoked(
-        self, delivery: Delivery, terminated: bool = False, signum: Any = None, expired: bool = False
-    ) -> None:
-        headers = delivery.message.headers
-        logger.info(
-            "Discarding %s task: %s[%s]",
-            "expired" if expired else "terminated" if terminated else "revoked", headers["task"], headers["id"],
-        )  # fmt: skip
-        if signals.task_revoked.receivers:
-            task = self.app.tasks.get(headers["task"])
-            request = Context(headers, hostname=self.hostname)
-            signals.task_revoked.send(sender=task, request=request, terminated=terminated, signum=signum, expired=expired)
+                text = "Task %s cannot be settled and is left to the broker"
+                logger.error(text, one.request, exc_info=error)
+                self._forget(one.request)
+                del self._finished[0]
+                self._careful -= 1
+            self.schedule()
 
     # -- run
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, request: Request, submit: Callable[[Job], None]) -> None:
         self.running[id(request)] = request
-        self.total[request.name] = self.total.get(request.name, 0) + 1
+        name = request.name
+        self.total[name] = self.total.get(name, 0) + 1
         request.time_start = self.loop.now()
-        job = Job(
+        request.job = Job(
             request.run(),
-            lambda job, outcome: self._done(request, outcome),
-            (lambda job, pid: self._on_start(request, pid)) if request.policy.track_started else None,
+            partial(self._done, request),
+            partial(self._on_start, request) if request.policy.track_started else None,
             request.soft_time_limit,
             request.time_limit,
+            partial(self._back, request),
+            request.delivery.token,
         )
-        request.job = job
-        self.pool.submit(job)
-        if request.id in self.revoked and request.terminating is None:
+        try:
+            submit(request.job)
+        except Exception as error:  # named net: the task is started by the broker's books, so it must end
+            logger.exception("Task %s cannot be handed to the pool", request)
+            self._done(
+                request, request.job, Lost(WorkerLostError(f"not handed to the pool: {error}"), 0, 0.0)
+            )
+            return
+        if self.admission.revoked and request.id in self.admission.revoked:
             self.revoke_running(request, "SIGTERM")
 
-    def _on_start(self, request: Request, pid: int) -> None:
+    def _on_start(self, request: Request, job: Job, pid: int) -> None:
         request.pid = pid
         self._started.append((request, pid))
         self.schedule()
 
-    def _done(self, request: Request, outcome: Union[Outcome, Lost]) -> None:
-        self._finished.append((request, outcome))
+    def _back(self, request: Request, job: Job) -> None:
+        """The pool did not begin it: let whoever is free first have it."""
+        self._ahead = 0
+        self._returned.append(request)
         self.schedule()
 
-    def _ignores_result(self, request: Request) -> bool:
-        ignored = request.delivery.message.headers.get("ignore_result")
-        return bool(request.task.ignore_result if ignored is None else ignored)
-
-    def _started_result(self, request: Request, pid: int) -> StoredResult:
-        context = Context(request.delivery.message.headers, hostname=self.hostname)
-        return self.runner.encode(context, states.STARTED, {"pid": pid, "hostname": self.hostname}, None)
+    def _done(self, request: Request, job: Job, outcome: Union[Outcome, Lost]) -> None:
+        if isinstance(outcome, Outcome):
+            request.policy.observe(outcome.runtime_s)
+        try:
+            one = self.settler.ended(request, outcome)
+        except Exception as error:  # named net: hooks and routes are the user's; the message must end
+            logger.exception("Task %s: its end cannot be settled as it should", request)
+            one = Finished(request, [], [], partial(self.consumer.ack, request.delivery))
+            self.settler.refused(one, error)
+        self._finished.append(one)
+        self.schedule()
 
     # -- commands
 
-    def revoke(self, task_ids: Set[str], until: float, terminate: bool, signal: str) -> List[str]:
+    def revoke(self, task_ids: List[str], until: float, terminate: bool, signal: str) -> List[str]:
         """Remember revoked ids; return those which run here and were (with `terminate`) stopped."""
-        for task_id in task_ids:
-            self.revoked[task_id] = until
-        while len(self.revoked) > REVOKES_MAX:
-            del self.revoked[next(iter(self.revoked))]
+        self.admission.remember_revoked(task_ids, until)
         stopped = []
         if terminate:
+            wanted = set(task_ids)
             for request in list(self.running.values()):
-                if request.id in task_ids and self.revoke_running(request, signal):
+                if request.id in wanted and self.revoke_running(request, signal):
                     stopped.append(request.id)
         self.schedule()
         return stopped
@@ -714,55 +486,3 @@ class TaskConsumer:
             return False
         request.terminating = signal
         return True
-
-    def forget_old_revokes(self) -> None:
-        """Drop revocations that are over."""
-        now = self.loop.now()
-        for task_id in [one for one, until in self.revoked.items() if until <= now]:
-            del self.revoked[task_id]
-
-    def set_rate_limit(self, name: str, rate: Any) -> None:
-        """Change the rate limit of a task; raises `ValueError` or `NotRegistered`."""
-        per_second = parse_rate(rate)
-        task = self.app.tasks[name]
-        task.rate_limit = rate
-        policy = self._policies.get(name) or self._make_policy(name)
-        if policy is not None:
-            policy.bucket = TokenBucket(per_second) if per_second else None
-            self._places.pop(name, None)
-
-    def set_time_limit(self, name: str, soft: Optional[float], hard: Optional[float]) -> None:
-        """Change the time limits of a task for runs that start from now on."""
-        task = self.app.tasks[name]
-        task.soft_time_limit, task.time_limit = soft, hard
-        policy = self._policies.get(name) or self._make_policy(name)
-        if policy is not None:
-            policy.soft_limit_s, policy.hard_limit_s = soft, hard
-
-
-_UNSTORABLE = "its result could not be stored"
-
-
-def redelivery_pause_s(starts: int) -> float:
-    """Return the pause before a message starts again whose worker or process died `starts` times."""
-    return 0.0 if starts <= 1 else float(min(2 ** (starts - 2), 60))
-
-
-def log_set_aside(request: Request, reason: str) -> None:
-    """Write the one loud line about a message over its delivery limit."""
-    logger.critical(
-        "Task %s is set aside as a dead letter: %s. List it with `python -m miniq dead list`, run it again"
-        " with `python -m miniq dead replay`.", request, reason,
-    )  # fmt: skip
-
-
-def _send_received(request: Request) -> None:
-    signals.task_received.send(sender=request.hostname, request=request)
-
-
-def _send_unknown(sender: str, delivery: Delivery, error: BaseException, name: str, task_id: str) -> None:
-    signals.task_unknown.send(sender=sender, message=delivery.message, exc=error, name=name, id=task_id)
-
-
-def _send_rejected(request: Request) -> None:
-    signals.task_rejected.send(sender=request.hostname, message=request.delivery.message, exc=None)

@@ -10,9 +10,9 @@ import fnmatch
 import re
 from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol
 
-from ..log import get_logger
 from ..control import REVOKE_EXPIRES_S
 from ..exceptions import MiniqError, OperationalError
+from ..log import get_logger
 from ..loop import Loop, Timer
 from ..message import Delivery
 from ..routing import Queue
@@ -24,6 +24,8 @@ logger = get_logger(__name__)
 
 #: Commands taken in one turn.
 BATCH = 32
+#: Seconds between two looks for a command whose wake-up was missed.
+LOOK_INTERVAL_S = 0.5
 
 
 class ControlledWorker(Protocol):
@@ -81,7 +83,8 @@ class CommandConsumer:
 
     def _look_later(self) -> None:
         if self.consumer.poll_interval_s is not None:
-            self._net = self.loop.call_later(self.consumer.poll_interval_s, self._look)
+            interval_s = max(self.consumer.poll_interval_s, LOOK_INTERVAL_S)
+            self._net = self.loop.call_later(interval_s, self._look)
 
     def _look(self) -> None:
         try:
@@ -148,8 +151,9 @@ def addressed(hostname: str, body: Mapping[str, Any]) -> bool:
 
 @command
 def revoke(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
+    """Do not start these ids; with `terminate`, stop those that run."""
     given = arguments["task_id"]
-    ids = {given} if isinstance(given, str) else set(given)
+    ids = [given] if isinstance(given, str) else list(given)
     until = worker.app.wall() + REVOKE_EXPIRES_S
     terminate = bool(arguments.get("terminate"))
     stopped: List[str] = worker.tasks.revoke(ids, until, terminate, arguments.get("signal") or "SIGTERM")
@@ -160,18 +164,23 @@ def revoke(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
 
 @command
 def rate_limit(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
-    worker.tasks.set_rate_limit(arguments["task_name"], arguments.get("rate_limit"))
+    """Change the rate limit of a task."""
+    worker.tasks.admission.set_rate_limit(arguments["task_name"], arguments.get("rate_limit"))
     return {"ok": "new rate limit set successfully"}
 
 
 @command
 def time_limit(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
-    worker.tasks.set_time_limit(arguments["task_name"], arguments.get("soft"), arguments.get("hard"))
+    """Change the time limits (seconds) of a task."""
+    worker.tasks.admission.set_time_limit(
+        arguments["task_name"], arguments.get("soft"), arguments.get("hard")
+    )
     return {"ok": "time limits set successfully"}
 
 
 @command
 def add_consumer(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
+    """Consume from one more queue."""
     name = arguments["queue"]
     worker.add_queue(worker.app.router.queues[name])
     return {"ok": f"add consumer {name}"}
@@ -179,28 +188,33 @@ def add_consumer(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
 
 @command
 def cancel_consumer(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
+    """Stop consuming from a queue."""
     worker.cancel_queue(arguments["queue"])
     return {"ok": f"no longer consuming from {arguments['queue']}"}
 
 
 @command
 def pool_grow(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
+    """Add slots."""
     worker.tasks.pool.grow(int(arguments.get("n") or 1))
     return {"ok": "pool will grow"}
 
 
 @command
 def pool_shrink(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
+    """Take slots away."""
     worker.tasks.pool.shrink(int(arguments.get("n") or 1))
     return {"ok": "pool will shrink"}
 
 
 @command
 def ping(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
+    """Answer."""
     return {"ok": "pong"}
 
 
 @command
 def shutdown(worker: ControlledWorker, arguments: Mapping[str, Any]) -> Any:
+    """Finish what runs and leave."""
     worker.stop()
     return None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Worker: one process's worth of work, put together and taken through its life.
 
+    Worker(...)  imports the app's modules, reads settings and options
     begin()      open broker and backend, start pool, task consumer and control; returns
     run()        begin, turn the loop until everything has ended, clean up; the blocking form
     with worker: the same in a thread of its own, for scripts and tests
@@ -9,15 +10,14 @@
     terminate()  cold: stop what runs; late-acked tasks go back, early-acked ones end as failures
 
 The loop, the transport, the backend and the pool are arguments, so that several workers can be
-played through in one process under a virtual clock.  Nothing here touches signal handlers or
-logging: that is the command line's business.
+played through in one process under a virtual clock.  Signal handlers and logging are left alone:
+they are the command line's business.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
-import sys
 import threading
 import warnings
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
@@ -26,15 +26,16 @@ from .. import _state, signals
 from ..backends.base import Backend
 from ..control import control_queue
 from ..exceptions import BackendError, ImproperlyConfigured, OperationalError
-from ..log import get_logger, setup_worker_logging
+from ..log import LoggingSetup, get_logger, setup_worker_logging
 from ..loop import Loop, Timer
 from ..pools.base import Pool, PoolOptions, pool_class
 from ..routing import Queue
-from ..text import import_object, node_name
+from ..text import node_name
 from ..trace import TaskRunner
 from ..transports.base import Transport
 from .consumer import TaskConsumer
 from .control import CommandConsumer
+from .spec import AppRunnerSpec
 
 logger = get_logger(__name__)
 
@@ -44,61 +45,12 @@ CLEAN_UP_INTERVAL_S = 60.0
 AUTOSCALE_KEEPALIVE_S, AUTOSCALE_INTERVAL_S = 30.0, 1.0
 #: Seconds a stopping worker tries to settle its last outcomes while the broker refuses.
 LAST_SETTLE_S = 10.0
+#: Seconds after its hard limit until a task is taken for stuck that holds the only slot there is.
+STUCK_S = 5.0
+#: Seconds for the main thread to come back from a task that was given up (pool solo).
+MAIN_THREAD_LEAVES_S = 2.0
 #: Seconds for what runs when a container is stopped (process 1), unless a setting says otherwise.
 CONTAINER_GRACE_S = 25.0
-
-
-class AppRunnerSpec:
-    """How a child gets its runner: the app itself where it was forked, by name where it was spawned.
-
-    `log` holds the arguments of `setup_worker_logging`, None = logging is the host's business.
-    """
-
-    def __init__(self, app: Any, hostname: str, log: Optional[Dict[str, Any]]) -> None:
-        self.app = app
-        self.hostname = hostname
-        self.log = log
-        self.path = ""
-        self.settings: Dict[str, Any] = {}
-
-    def __getstate__(self) -> Dict[str, Any]:
-        settings = {name: value for name, (value, _) in self.app.conf.changes().items() if _can_pickle(value)}
-        return {**self.__dict__, "app": None, "path": find_app(self.app), "settings": settings}
-
-    def build(self) -> TaskRunner:
-        """Return the runner; in a spawned child, import the app and its tasks first."""
-        if self.app is None:
-            self.app = import_object(self.path)
-            self.app.conf.update(self.settings)
-            self.app.import_modules()
-            if self.log is not None:
-                setup_worker_logging(**self.log)
-        return TaskRunner(self.app, self.hostname)
-
-
-def _can_pickle(value: Any) -> bool:
-    try:
-        pickle.dumps(value)
-    except (pickle.PicklingError, TypeError, AttributeError):
-        return False
-    return True
-
-
-def find_app(app: Any) -> str:
-    """Return the ``module:name`` under which another process can import `app`."""
-    names = ["__main__", *sorted({task.__module__ for task in app.tasks.values()}), *app.conf.include]
-    for name in dict.fromkeys(names):
-        for attribute, value in vars(sys.modules.get(name, _state)).items():
-            if value is app:
-                return f"{name}:{attribute}"
-    for name, module in list(sys.modules.items()):
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if value is app:
-                return f"{name}:{attribute}"
-    raise ImproperlyConfigured(
-        f"{app!r} is in no module's top level, so a spawned child cannot import it; put it there,"
-        " or use the pool threads, or the start method fork"
-    )
 
 
 def default_concurrency() -> int:
@@ -133,40 +85,49 @@ class Worker:
         backend: Optional[Backend] = None,
         log: Optional[Dict[str, Any]] = None,
     ) -> None:
-        conf = app.conf
         self.app = app
         self.hostname = node_name(hostname or "celery@%h")
-        if time_limit is not None:
-            conf.task_time_limit = time_limit
-        if soft_time_limit is not None:
-            conf.task_soft_time_limit = soft_time_limit
-        if autoscale is not None:
-            autoscale = (max(autoscale), min(autoscale))
-            concurrency = max(1, autoscale[1])
-        self.autoscale = autoscale
-        self.concurrency = int(concurrency or conf.worker_concurrency or default_concurrency())
-        if self.concurrency < 1:
-            raise ImproperlyConfigured(f"concurrency must be at least 1, not {self.concurrency}")
-        self.prefetch_multiplier = int(
-            conf.worker_prefetch_multiplier if prefetch_multiplier is None else prefetch_multiplier
-        )
+        self.autoscale = autoscale and (max(autoscale), min(autoscale))
+        options = {
+            "concurrency": concurrency, "pool": pool, "queues": queues, "exclude_queues": exclude_queues,
+            "prefetch_multiplier": prefetch_multiplier, "time_limit": time_limit,
+            "soft_time_limit": soft_time_limit, "max_tasks_per_child": max_tasks_per_child,
+            "max_memory_per_child": max_memory_per_child, "start_method": start_method,
+            "autoscale": autoscale, "purge": purge,
+        }  # fmt: skip
+        _state.set_current_app(app)
+        app.import_modules()
+        conf = app.conf
+        signals.celeryd_init.send(sender=self.hostname, instance=self, conf=conf, options=options)
+        conf.check()
+        #: Limits in seconds of tasks that have none of their own; None = as the app is configured.
+        self.time_limit, self.soft_time_limit = time_limit, soft_time_limit
+        hard, soft = time_limit or conf.task_time_limit, soft_time_limit or conf.task_soft_time_limit
+        if hard and soft and soft > hard:
+            raise ImproperlyConfigured(
+                f"the soft time limit of {soft:g} s is never reached: the hard one is {hard:g} s"
+            )
+        if self.autoscale:
+            concurrency = max(1, self.autoscale[1])
+        if concurrency is None:
+            concurrency = conf.worker_concurrency or default_concurrency()
+        if concurrency < 1:
+            raise ImproperlyConfigured(f"concurrency must be at least 1, not {concurrency}")
+        self.concurrency = concurrency
+        if prefetch_multiplier is None:
+            prefetch_multiplier = 1 if conf.worker_disable_prefetch else conf.worker_prefetch_multiplier
+        self.prefetch_multiplier = prefetch_multiplier
         self.queues = self._choose_queues(queues, exclude_queues)
         self.purge = purge
         self.loop = loop if loop is not None else Loop()
-        self.log = log
+        self.log = None if log is None else {"node": self.hostname, **log}
         self._given_transport, self._given_backend = transport, backend
         self.runner = TaskRunner(app, self.hostname)
-        options = PoolOptions(
-            self.concurrency,
-            max_tasks_per_child if max_tasks_per_child is not None else conf.worker_max_tasks_per_child,
-            max_memory_per_child if max_memory_per_child is not None else conf.worker_max_memory_per_child,
-            start_method or conf.worker_pool_start_method,
-        )
-        self.pool: Pool
-        if isinstance(pool, Pool):
-            self.pool = pool
-        else:
-            self.pool = pool_class(pool or conf.worker_pool)(options, AppRunnerSpec(app, self.hostname, log))
+        self._spec = AppRunnerSpec(app, self.hostname, self.log)
+        self.pool = pool if isinstance(pool, Pool) else self._make_pool(
+            pool, max_tasks_per_child, max_memory_per_child, start_method
+        )  # fmt: skip
+        signals.celeryd_after_setup.send(sender=self.hostname, instance=self, conf=conf)
         self.tasks: TaskConsumer
         self.transport: Transport
         self.backend: Backend
@@ -179,9 +140,37 @@ class Worker:
         self._thread: Optional[threading.Thread] = None
         self._failure: Optional[BaseException] = None
         self._timers: List[Timer] = []
-        self._pool_stopped = False
+        self._pool_started = self._pool_stopped = self._left = False
         self._settle_deadline: Optional[Timer] = None
         self._last_grown = 0.0
+        self._stuck_since: Optional[float] = None
+        #: Called with the exit code when a stuck task keeps `run` from returning (pool solo); a program of
+        #: its own may end itself there, a host should not.
+        self.on_stuck: Optional[Callable[[int], None]] = None
+        self._main_free = threading.Event()
+        #: Tasks lost before a cold shutdown began; any more make the exit code 1.
+        self._lost_before: float = float("inf")
+
+    def _make_pool(
+        self, kind: Any, max_tasks: Optional[int], max_memory_kib: Optional[int], start_method: Optional[str]
+    ) -> Pool:
+        conf = self.app.conf
+        options = PoolOptions(
+            self.concurrency,
+            conf.worker_max_tasks_per_child if max_tasks is None else max_tasks,
+            conf.worker_max_memory_per_child if max_memory_kib is None else max_memory_kib,
+            start_method or conf.worker_pool_start_method,
+            conf.worker_proc_alive_timeout,
+        )
+        kind = kind or conf.worker_pool
+        found = pool_class(kind) if isinstance(kind, str) else kind
+        pool: Pool = found(options, self._spec)
+        return pool
+
+    def set_up_logging(self) -> LoggingSetup:
+        """Set up logging as `log` says, here and in the pool's children; the caller undoes it."""
+        setup = self._spec.log_setup = setup_worker_logging(**(self.log or {}))
+        return setup
 
     def _choose_queues(
         self, queues: Union[str, Iterable[str], None], exclude: Union[str, Iterable[str], None]
@@ -205,18 +194,18 @@ class Worker:
         """Open everything and start; the loop is turned by the caller."""
         app, loop = self.app, self.loop
         _state.set_current_app(app)
-        signals.celeryd_init.send(sender=self.hostname, instance=self, conf=app.conf, options={})
-        app.import_modules()
-        signals.celeryd_after_setup.send(sender=self.hostname, instance=self, conf=app.conf)
         signals.worker_init.send(sender=self)
         # The pool comes first: it forks while nothing is open yet.
+        self._pool_started = True
         self.pool.start(loop, self._on_free)
         self.transport = self._given_transport or app.producer.new_transport(write=False)
         self.backend = self._given_backend or app.new_backend()
         for queue in self.queues:
             self.transport.declare(queue)
             if self.purge:
-                logger.warning("Purged %d messages from queue %s", self.transport.purge(queue.name), queue.name)
+                logger.warning(
+                    "Purged %d messages from queue %s", self.transport.purge(queue.name), queue.name
+                )
         consumer = self.transport.consumer(self.hostname, self.queues)
         consumer.delivery_limit = app.conf.task_delivery_limit
         self.tasks = TaskConsumer(
@@ -230,6 +219,8 @@ class Worker:
             self.hostname,
             self.concurrency,
             self.prefetch_multiplier,
+            self.time_limit,
+            self.soft_time_limit,
         )
         if app.conf.worker_enable_remote_control and self.transport.fanout:
             queue = control_queue(self.hostname)
@@ -263,13 +254,48 @@ class Worker:
             self.tasks.consumer.housekeep()
         except OperationalError as error:
             logger.debug("housekeeping is put off: %s", error)
-        if self.shutdown is None and getattr(self.pool, "exhausted", False):
-            logger.error("The pool cannot go on; this worker finishes what runs and leaves to be restarted.")
+        self._look_for_stuck_tasks()
+        if os.getpid() == 1:
+            self._reap_strangers()
+
+    def _look_for_stuck_tasks(self) -> None:
+        """Leave when too many tasks run on after their hard limit: a thread cannot be killed."""
+        stuck = self.pool.abandoned
+        mono = self.loop.mono()
+        if not stuck:
+            self._stuck_since = None
+            return
+        if self._stuck_since is None:
+            self._stuck_since = mono
+        limit: int = self.app.conf.worker_max_abandoned_threads
+        if self.pool.runs_in_main_thread and mono - self._stuck_since > STUCK_S:
+            limit = 1  # the only slot there is
+        if self.shutdown is None and stuck >= limit:
+            logger.error(
+                "%d tasks run on after their hard time limit and cannot be stopped; this worker finishes what"
+                " else runs and leaves with exit code 1, to be started again", stuck,
+            )  # fmt: skip
             self.exitcode = 1
-            self.stop()
+            # Where the stuck one holds the only slot, nothing else runs that could be waited for.
+            self._shut_down("cold" if self.pool.runs_in_main_thread else "warm", "stuck tasks")
+
+    def _reap_strangers(self) -> None:
+        """As process 1 of a container: collect orphans, which nobody else can.
+
+        Only with a pool of processes: there, no task's own subprocess is a child of this process.
+        """
+        ours = set(self.pool.pids())
+        while ours and hasattr(os, "waitid"):
+            try:
+                status = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if status is None or status.si_pid in ours:
+                return
+            os.waitpid(status.si_pid, 0)
 
     def _clean_up(self) -> None:
-        self.tasks.forget_old_revokes()
+        self.tasks.admission.forget_old_revokes()
         try:
             if self.backend.enabled and self.backend.expire():
                 self.loop.call_later(0.1, self._clean_up)
@@ -318,6 +344,7 @@ class Worker:
             try:
                 self.pool.run_forever()
             finally:
+                self._main_free.set()
                 if not self._ended.is_set():
                     self.stop()
                 core.join()
@@ -332,20 +359,28 @@ class Worker:
         try:
             self.begin()
             self.loop.run_forever()
-        except BaseException as error:  # safety net: told to whoever waits for the start or the end
+        except BaseException as error:  # named net: told to whoever waits for the start or the end
             self._failure = error
-            self._abandon_pool()
+            self._break_off()
         finally:
             self._clean()
             self.started.set()
             self._ended.set()
+        if self.pool.runs_in_main_thread and not self._main_free.wait(MAIN_THREAD_LEAVES_S):
+            logger.error("A task that cannot be stopped holds the main thread.")
+            if self.on_stuck is not None:
+                self.on_stuck(self.exitcode or 1)
 
-    def _abandon_pool(self) -> None:
-        """After a failed start: end the children that are up already."""
-        done: List[bool] = []
-        self.pool.stop(self.loop.mono(), lambda: done.append(True))
-        deadline = self.loop.mono() + 5.0
-        while not done and self.loop.mono() < deadline:
+    def _break_off(self) -> None:
+        """After a failed start, or Ctrl-C where nobody handles it: stop at once, settle what can be."""
+        if not self._pool_started:
+            return
+        if self.started.is_set():
+            self._shut_down("cold", "an error")
+        else:
+            self.pool.stop(self.loop.mono(), self._on_pool_stopped)
+        deadline = self.loop.mono() + LAST_SETTLE_S
+        while not self._left and self.loop.mono() < deadline:
             self.loop.run_once(0.05)
 
     def _clean(self) -> None:
@@ -373,44 +408,53 @@ class Worker:
         self.stop("cold")
 
     def _shut_down(self, how: str, reason: str) -> None:
-        before, self.shutdown = self.shutdown, how
-        if before == "cold" or (before is not None and how != "cold"):
-            self.shutdown = before
+        if self.shutdown == "cold" or (self.shutdown is not None and how != "cold"):
             return
-        signals.worker_shutting_down.send(sender=self.hostname, sig=reason, how=how.capitalize(), exitcode=self.exitcode)
-        logger.warning("Shutdown (%s)%s: %d tasks running.", how, f" by {reason}" if reason else "", len(self.tasks.running))
-        if before is None:
+        first, self.shutdown = self.shutdown is None, how
+        signals.worker_shutting_down.send(
+            sender=self.hostname, sig=reason, how=how.capitalize(), exitcode=self.exitcode
+        )
+        running = len(self.tasks.running)
+        logger.warning("Shutdown (%s)%s: %d tasks running.", how, f" by {reason}" if reason else "", running)
+        if first:
             self.tasks.stop_taking()
+        if how == "cold":
+            self._lost_before = min(self._lost_before, self.tasks.settler.counts["lost"])
+            self.tasks.settler.cutting_off = True
+            self.pool.stop(self.loop.mono(), self._on_pool_stopped)
+            return
+        self.pool.stop(float("inf"), self._on_pool_stopped)
         grace_s = self.app.conf.worker_soft_shutdown_timeout
         if not grace_s and os.getpid() == 1:
             # An orchestrator kills after some 30 s; what is late-acked should be back before.
             grace_s = CONTAINER_GRACE_S
-        if how == "cold":
-            self.tasks.cutting_off = True
-            deadline = self.loop.mono()
-        elif grace_s:
-            deadline = float("inf")
-            self._timers.append(self.loop.call_later(grace_s, self._shut_down, "cold", f"{grace_s} s are over"))
-        else:
-            deadline = float("inf")
-        self.pool.stop(deadline, self._on_pool_stopped)
+        if grace_s:
+            self._timers.append(
+                self.loop.call_later(grace_s, self._shut_down, "cold", f"the end of {grace_s:g} s")
+            )
 
     def _on_pool_stopped(self) -> None:
         if self._pool_stopped:
             return
         self._pool_stopped = True
+        if not self.started.is_set():
+            self._left = True
+            return
         self.tasks.on_idle = self._leave
         self._settle_deadline = self.loop.call_later(LAST_SETTLE_S, self._leave)
         self.tasks.schedule()
 
     def _leave(self) -> None:
         """Everything is settled, or cannot be: write the last line and end the loop."""
+        if self._left:
+            return
+        self._left = True
         if self._settle_deadline is not None:
             self._settle_deadline.cancel()
-        counts = self.tasks.counts
+        counts = self.tasks.settler.counts
         left = len(self.tasks.running)
-        log = logger.error if left else logger.info
-        log(
+        logger.log(
+            logging.ERROR if left else logging.INFO,
             "Worker %s leaves: %d finished, %d handed back, %d lost%s.",
             self.hostname,
             counts["finished"],
@@ -418,7 +462,7 @@ class Worker:
             counts["lost"],
             f", {left} outcomes could not be settled with the broker" if left else "",
         )
-        if left:
+        if left or counts["lost"] > self._lost_before:
             self.exitcode = 1
         self.loop.stop()
 

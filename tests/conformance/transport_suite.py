@@ -250,9 +250,30 @@ class TransportSuite:
             (found,) = consumer.poll(1)
             assert (found.deliveries, found.fate) == (count, None)
             consumer.start([found])
-            consumer.reject(found, requeue=True)
+            consumer.defer(found, 0.0)
         (found,) = consumer.poll(1)
         assert (found.deliveries, found.fate) == (3, "lost")
+
+    def test_what_goes_back_on_purpose_never_reaches_the_delivery_limit(
+        self, transport: Transport, consumer: Consumer
+    ) -> None:
+        self.put(transport, message("a"))
+        for _ in range(6):
+            (found,) = consumer.poll(1)
+            assert found.fate is None
+            consumer.start([found])
+            consumer.reject(found, requeue=True)
+
+    def test_released_after_its_start_was_marked_is_not_counted(
+        self, transport: Transport, consumer: Consumer
+    ) -> None:
+        self.put(transport, message("a"), message("b"))
+        found = consumer.poll(1)
+        consumer.start(found)
+        consumer.release(found)
+        again = consumer.poll(2)
+        assert ids(again) == ["a", "b"]
+        assert again[0].deliveries == 0
 
     # -- dead letters
 
@@ -659,8 +680,8 @@ class Comparison:
         self.drain()
 
     OPERATIONS = (
-        "publish", "publish", "publish", "poll", "poll", "poll", "begin", "begin", "ack", "requeue", "refuse", "defer",
-        "release", "crash", "roll_back",
+        "publish", "publish", "publish", "poll", "poll", "poll", "begin", "begin", "ack", "requeue", "refuse",
+        "defer", "release", "crash", "roll_back",
     )  # fmt: skip
 
     def fail(self, what: str) -> str:
@@ -740,6 +761,7 @@ class Comparison:
         row = self.settle("requeues", lambda consumer, delivery: consumer.reject(delivery, requeue=True))
         if row is not None:
             row.state, row.due, row.lost_by = "ready", self.clock.now, None
+            row.count = min(row.count, Consumer.delivery_limit - 1)
 
     def refuse(self) -> None:
         row = self.settle("refuses", lambda consumer, delivery: consumer.reject(delivery, requeue=False))
@@ -756,6 +778,7 @@ class Comparison:
     def release(self) -> None:
         row = self.settle("releases", lambda consumer, delivery: consumer.release([delivery]))
         if row is not None:
+            row.count -= row.state in ("early", "late")
             row.state = "lost" if row.lost_by else "ready"
 
     def crash(self) -> None:

@@ -8,6 +8,7 @@ A module of its own because spawned children import it.  The body of a run is pi
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import hashlib
 import multiprocessing
 import os
@@ -19,6 +20,8 @@ import threading
 import time
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+
+from waiting import wait_until
 
 from miniq.backends.base import StoredResult
 from miniq.exceptions import SoftTimeLimitExceeded
@@ -132,6 +135,7 @@ def clean_up(seconds: float) -> str:
 
 @task
 def kill_self(name: str) -> None:
+    faulthandler.disable()  # inherited from pytest; a crash on purpose needs no report
     os.kill(os.getpid(), getattr(signal, name))
     time.sleep(DEADLINE_S)
 
@@ -153,22 +157,32 @@ def close_all_descriptors() -> None:
 
 
 @task
-def signal_dispositions() -> Dict[str, str]:
-    return {name: str(signal.getsignal(getattr(signal, name))) for name in ("SIGINT", "SIGTERM", "SIGUSR2")}
+def write_garbage() -> None:
+    for fd in range(3, 1000):
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                os.write(fd, b"\0\0\0\7garbage")
+        except OSError:
+            pass
+    time.sleep(DEADLINE_S)
 
 
 @task
-def descriptors() -> List[str]:
-    """Return what the process's socket descriptors are, by kind."""
-    return [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2 and _is_open(fd)]
+def sockets() -> List[str]:
+    """Return the sockets that this process has open."""
+    return [link for link in open_files() if link.startswith("socket:")]
 
 
-def _is_open(fd: str) -> bool:
-    try:
-        os.stat(f"/proc/self/fd/{fd}")
-        return True
-    except OSError:
-        return False
+def open_files() -> List[str]:
+    """Return what the descriptors of this process are, stdio excluded."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if int(fd) > 2:
+                links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            pass  # the listing's own descriptor
+    return links
 
 
 @task
@@ -196,13 +210,6 @@ def start_process(path: str) -> None:
 
 
 @task
-def hold_link_open(path: str) -> None:
-    """Die and leave a process behind that holds our descriptors, as a fork in C code would."""
-    # A process of its own group, which exec'd nothing and ran no at-fork hook.
-    os.set_inheritable(int(path), True)
-
-
-@task
 def use_multiprocessing(n: int) -> int:
     with multiprocessing.Pool(2) as pool:
         return sum(pool.map(abs, range(n)))
@@ -217,7 +224,7 @@ def stop_program() -> int:
 
 
 @task
-def touch_and_nap(path: str, seconds: float) -> str:
+def write_pid_and_nap(path: str, seconds: float) -> str:
     _write(path, os.getpid())
     return nap(seconds)
 
@@ -267,6 +274,36 @@ async def astubborn(seconds: float) -> str:
 @task
 async def await_a_task(seconds: float) -> str:
     return await asyncio.ensure_future(asyncio.sleep(seconds, "inner"))
+
+
+@task
+async def cancel_self() -> None:
+    current = asyncio.current_task()
+    assert current is not None
+    current.cancel()
+    await asyncio.sleep(DEADLINE_S)
+
+
+@task
+async def use_timeout_after_soft_limit() -> str:
+    try:
+        await asyncio.sleep(DEADLINE_S)
+    except SoftTimeLimitExceeded:
+        pass
+    try:
+        await asyncio.wait_for(asyncio.sleep(DEADLINE_S), 0.02)
+    except asyncio.TimeoutError:
+        return "timeout works"
+    return "no timeout"
+
+
+@task
+async def leave_a_task_behind() -> str:
+    _left.append(asyncio.ensure_future(asyncio.sleep(DEADLINE_S)))
+    return "left"
+
+
+_left: "List[asyncio.Future[None]]" = []
 
 
 class TestRunner:
@@ -354,7 +391,9 @@ class Driver:
 
     def __init__(self, name: str, concurrency: int = 2, spec: Any = None, **options: Any) -> None:
         self.loop = Loop()
-        self.pool: Pool = pool_class(name)(PoolOptions(concurrency, **options), spec or Spec())
+        self.pool: Pool = pool_class(name)(
+            PoolOptions(concurrency, **options), Spec() if spec is None else spec
+        )
         self.came_back: List[Tuple[Job, Union[Outcome, Lost]]] = []
         self.started: List[Tuple[Job, int]] = []
         self.freed = 0
@@ -458,18 +497,6 @@ def process_exists(number: int) -> bool:
         return False
 
 
-def wait_for(fact: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Wait for a fact outside of any loop."""
-    end = time.monotonic() + deadline_s
-    while True:
-        value = fact()
-        if value:
-            return value
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {deadline_s} s: {what}")
-        time.sleep(0.01)
-
-
 def read_number(path: str) -> int:
     """Wait for a file written by a task and return the number in it."""
 
@@ -480,4 +507,4 @@ def read_number(path: str) -> int:
         except FileNotFoundError:
             return ""
 
-    return int(wait_for(content, path))
+    return int(wait_until(content, DEADLINE_S, path))

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: MIT
+"""Settlement: what becomes of a run that has ended, and of a message that is not run.
+
+A decision is made once, outside of any transaction, and kept as a `Finished`: user code (hooks,
+errbacks) runs at that moment and not again when the broker has to be asked twice.  A `Batch`
+then carries decisions out in the order that is safe for every broker, with transactions or
+without: follow-ups are published, results are stored, and only then is the message given up.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Callable, List, Optional, Tuple, Union
+
+from .. import signals, states
+from ..backends.base import Backend, StoredResult
+from ..exceptions import (
+    MaxRetriesExceededError,
+    TaskRevokedError,
+    Terminated,
+    TimeLimitExceeded,
+    WorkerLostError,
+)
+from ..log import get_logger
+from ..loop import Loop
+from ..message import Delivery
+from ..pools.base import Lost
+from ..serialization import exception_to_dict
+from ..task import Context
+from ..trace import Outcome, TaskRunner, ignores_result
+from ..transports.base import Consumer, Publication, Transport, pause_after_loss_s
+from .request import Request
+
+logger = get_logger(__name__)
+
+Call = Callable[[], Any]
+
+
+class NotOurs(Exception):
+    """Raised inside a turn to undo it: some deliveries belong to another worker by now."""
+
+    def __init__(self, requests: List[Request]) -> None:
+        self.requests = requests
+
+
+class Finished:
+    """A run that has ended, and what is done about it.
+
+    `end` settles the delivery and says whether it was still ours; `after` is called when all that
+    is committed.  `refusals` counts how often broker or backend would not have it.
+    """
+
+    __slots__ = ("request", "results", "followups", "end", "after", "refusals")
+
+    def __init__(
+        self,
+        request: Request,
+        results: List[StoredResult],
+        followups: List[Publication],
+        end: Callable[[], bool],
+        after: Optional[Call] = None,
+    ) -> None:
+        self.request = request
+        self.results = results
+        self.followups = followups
+        self.end = end
+        self.after = after
+        self.refusals = 0
+
+
+class Batch:
+    """What a turn is about to do, collected."""
+
+    __slots__ = ("publications", "results", "endings", "after", "stored")
+
+    def __init__(self) -> None:
+        self.publications: List[Publication] = []
+        self.results: List[StoredResult] = []
+        #: (whose, how): None where nobody here waits for the end.
+        self.endings: List[Tuple[Optional[Request], Callable[[], bool]]] = []
+        #: Called after the commit, in this order.
+        self.after: List[Call] = []
+        #: Whether results were stored.
+        self.stored = False
+
+    def add(self, finished: Finished) -> None:
+        """Add the settlement of one run."""
+        self.results += finished.results
+        self.publications += finished.followups
+        self.endings.append((finished.request, finished.end))
+        if finished.after is not None:
+            self.after.append(finished.after)
+
+    def write(self, transport: Transport, backend: Backend, timeout_s: float) -> None:
+        """Do it, inside the turn's transaction; raises `NotOurs` at its end."""
+        if self.publications:
+            transport.publish(self.publications, timeout_s)
+        if self.results and backend.enabled:
+            backend.store(self.results)
+            self.stored = True
+        gone = [request for request, end in self.endings if not end() and request is not None]
+        self.publications, self.results, self.endings = [], [], []
+        if gone:
+            raise NotOurs(gone)
+
+
+class Settler:
+    """Decides; one per worker."""
+
+    def __init__(
+        self, app: Any, loop: Loop, consumer: Consumer, runner: TaskRunner, hostname: str, delivery_limit: int
+    ) -> None:
+        self.app = app
+        self.loop = loop
+        self.consumer = consumer
+        self.runner = runner
+        self.hostname = hostname
+        self.delivery_limit = delivery_limit
+        #: Late-acked tasks cut off by a cold shutdown go back instead of failing.
+        self.cutting_off = False
+        self.counts = {"finished": 0, "requeued": 0, "lost": 0}
+
+    # -- a run has ended
+
+    def ended(self, request: Request, outcome: Union[Outcome, Lost]) -> Finished:
+        """Return what to do about a run."""
+        if isinstance(outcome, Lost):
+            return self._lost(request, outcome.error)
+        self.counts["finished"] += 1
+        delivery = request.delivery
+        action, reason = outcome.action, outcome.reason
+        if action == "ack":
+            if delivery.early or outcome.state != states.FAILURE or request.policy.acks_on_failure:
+                end = partial(self.consumer.ack, delivery)
+                return Finished(request, outcome.results, outcome.followups, end)
+            action, reason = "reject", "it failed, and acks_on_failure is off"
+        end = partial(self.consumer.reject, delivery, action == "requeue", reason)
+        after = partial(_send_rejected, request) if signals.task_rejected.receivers else None
+        return Finished(request, outcome.results, outcome.followups, end, after)
+
+    def _lost(self, request: Request, error: BaseException) -> Finished:
+        """Return what to do about a run whose process could not tell its outcome."""
+        consumer, delivery, policy = self.consumer, request.delivery, request.policy
+        ack = partial(consumer.ack, delivery)
+        late = not delivery.early
+        if request.terminating or isinstance(error, Terminated):
+            after = partial(self.announce_revoked, delivery, True, request.terminating)
+            return Finished(request, self.revoked_results(delivery, "terminated"), [], ack, after)
+        if isinstance(error, TimeLimitExceeded):
+            logger.error("Hard time limit (%ss) exceeded for %s", request.time_limit, request)
+            request.tell("on_timeout", False, request.time_limit)
+            if late and not policy.acks_on_timeout:
+                return Finished(request, [], [], partial(consumer.reject, delivery, True))
+        elif late and self.cutting_off:
+            self.counts["requeued"] += 1
+            logger.warning("Task %s was cut off by the shutdown and goes back to its queue", request)
+            return Finished(request, [], [], partial(_release, consumer, delivery))
+        elif policy.retry_on_worker_lost:
+            return self._retried(request, error)
+        elif late and policy.reject_on_worker_lost:
+            starts = delivery.deliveries + 1
+            if not self.delivery_limit or starts < self.delivery_limit:
+                self.counts["requeued"] += 1
+                pause_s = pause_after_loss_s(starts, 0.0)
+                when = f"in {pause_s:g} s" if pause_s else "at once"
+                logger.error(
+                    "Task %s: %s; it is started again %s (start %d)", request, error, when, starts + 1
+                )
+                return Finished(request, [], [], partial(consumer.defer, delivery, self.loop.now() + pause_s))
+            return self._set_aside(request, str(error), starts)
+        self.counts["lost"] += 1
+        return Finished(request, *request.failed_here(self.runner, error), ack)
+
+    def _set_aside(self, request: Request, cause: str, starts: int) -> Finished:
+        """Fail a task that keeps killing what runs it; its message stays replayable."""
+        self.counts["lost"] += 1
+        text = f"{cause} (start {starts} of at most {self.delivery_limit})"
+        logger.critical(
+            "Task %s is set aside as a dead letter: %s. List it with `python -m miniq dead list`, run it"
+            " again with `python -m miniq dead replay`.", request, text,
+        )  # fmt: skip
+        made = request.failed_here(self.runner, WorkerLostError(text))
+        return Finished(request, *made, partial(self.consumer.dead_letter, request.delivery, text))
+
+    def _retried(self, request: Request, error: BaseException) -> Finished:
+        """Send a task again whose process died, counted as a retry."""
+        ex = request.execution(self.runner)
+        task, ack = request.task, partial(self.consumer.ack, request.delivery)
+        retries = ex.request.retries + 1
+        if task.max_retries is not None and retries > task.max_retries:
+            self.counts["lost"] += 1
+            last = MaxRetriesExceededError(f"Can't retry {request}: {error}")
+            return Finished(request, *request.failed_here(self.runner, last), ack)
+        self.counts["requeued"] += 1
+        logger.error("Task %s: %s; retry %d in %ss", request, error, retries, task.default_retry_delay)
+        countdown = task.default_retry_delay
+        sig = task.signature_from_request(
+            ex.request, ex.args, ex.kwargs, retries=retries, countdown=countdown
+        )
+        results = []
+        if not ignores_result(task, ex.request):
+            results.append(self.runner.encode(ex.request, states.RETRY, exception_to_dict(error), None, task))
+        return Finished(request, results, [self.app.prepare_signature(sig)], ack)
+
+    # -- a worker died with it, or it may not start
+
+    def bury(self, request: Request) -> Finished:
+        """Return what to do about a message that may not start again."""
+        delivery = request.delivery
+        if delivery.early:
+            self.counts["lost"] += 1
+            error = WorkerLostError(f"worker {delivery.lost_by} died while it ran the task")
+            return Finished(
+                request, *request.failed_here(self.runner, error), partial(self.consumer.ack, delivery)
+            )
+        by = (
+            f"worker {delivery.lost_by} died while it ran the task"
+            if delivery.lost_by
+            else "no start came to an end"
+        )
+        return self._set_aside(request, by, delivery.deliveries)
+
+    def refused(self, finished: Finished, error: Exception) -> None:
+        """Make the best of a settlement that broker or backend will never accept as it is.
+
+        First the failure to settle becomes the task's result, then there is no result at all.
+        """
+        request = finished.request
+        if finished.refusals == 0:
+            logger.error(
+                "Task %s: its outcome cannot be settled (%s); it is stored as a failure", request, error
+            )
+            cause = exception_to_dict(error)
+            finished.results = [
+                self.runner.encode(request.context(), states.FAILURE, cause, None, request.task)
+            ]
+            finished.followups = []
+        else:
+            logger.error("Task %s: its result is lost, the backend does not take it: %s", request, error)
+            finished.results = []
+        finished.refusals += 1
+
+    # -- results that are made here
+
+    def started_result(self, request: Request, pid: int) -> StoredResult:
+        """Return the state STARTED."""
+        meta = {"pid": pid, "hostname": self.hostname}
+        return self.runner.encode(request.context(), states.STARTED, meta, None)
+
+    def revoked_results(self, delivery: Delivery, why: str) -> List[StoredResult]:
+        """Return the state REVOKED; none for a task without a result."""
+        headers = delivery.message.headers
+        if headers.get("ignore_result"):
+            return []
+        request = Context(headers, hostname=self.hostname)
+        return [self.runner.encode(request, states.REVOKED, exception_to_dict(TaskRevokedError(why)), None)]
+
+    def announce_revoked(
+        self, delivery: Delivery, terminated: bool = False, signum: Any = None, expired: bool = False
+    ) -> None:
+        """Write the log line and send `task_revoked`."""
+        headers = delivery.message.headers
+        why = "expired" if expired else "terminated" if terminated else "revoked"
+        logger.info("Discarding %s task: %s[%s]", why, headers["task"], headers["id"])
+        if signals.task_revoked.receivers:
+            task = self.app.tasks.get(headers["task"])
+            request = Context(headers, hostname=self.hostname)
+            signals.task_revoked.send(
+                sender=task, request=request, terminated=terminated, signum=signum, expired=expired
+            )
+
+
+def _release(consumer: Consumer, delivery: Delivery) -> bool:
+    consumer.release([delivery])
+    return True
+
+
+def _send_rejected(request: Request) -> None:
+    signals.task_rejected.send(sender=request.hostname, message=request.delivery.message, exc=None)

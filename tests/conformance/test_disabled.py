@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: MIT
+"""The store that keeps nothing is no store: only its own promise is tested."""
+
+from __future__ import annotations
+
+import time
+
+from miniq.backends.base import StoredResult, backend_class
+
+
+def test_disabled_backend_takes_everything_and_has_nothing() -> None:
+    backend = backend_class("disabled://")("disabled://", {"any": 1}, time.time)
+    assert backend.enabled is False
+    backend.store([StoredResult("a", "SUCCESS", b"", "", "", None)])
+    assert backend.fetch(["a"]) == {}
+    assert list(backend.wait(["a"], None)) == []
+    backend.forget(["a"])
+    assert backend.expire() == 0
+    backend.close()
