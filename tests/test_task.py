@@ -483,6 +483,7 @@ def test_annotations_may_be_objects_paths_or_a_list(app: MiniQ, module: Any) -> 
     module.Annotate = Annotate
     app.conf.task_annotations = ["made_up_project:Annotate", {"b": {"max_retries": 6}}]
     assert [app.task(name=name)(len).max_retries for name in "abc"] == [5, 6, 3]
+    app.conf.task_annotations = None  # the path leads nowhere after this test
 
 
 def test_a_misspelt_annotation_is_refused(app: MiniQ) -> None:

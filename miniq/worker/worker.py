@@ -415,7 +415,9 @@ class Worker:
             sender=self.hostname, sig=reason, how=how.capitalize(), exitcode=self.exitcode
         )
         running = len(self.tasks.running)
-        logger.warning("Shutdown (%s)%s: %d tasks running.", how, f" by {reason}" if reason else "", running)
+        # A program that ends its own worker knows; a signal may be a surprise.
+        level = logging.WARNING if reason else logging.INFO
+        logger.log(level, "Shutdown (%s)%s: %d tasks running.", how, f" by {reason}" if reason else "", running)
         if first:
             self.tasks.stop_taking()
         if how == "cold":

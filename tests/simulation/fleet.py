@@ -16,14 +16,14 @@ import traceback
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
 
 from simulation.pool import SimPool
-from simulation.seams import NUMBER, SimBackend, SimLoop, SimTransport
+from simulation.seams import NUMBER, SimBackend, SimJournal, SimLoop, SimTransport
 from simulation.world import CRASH, LOST, Copy, Crash, LogKeeper, Violation, World
 
 from miniq import MiniQ, states
 from miniq.backends.base import Backend, StoredResult
 from miniq.backends.memory import MemoryBackend
 from miniq.connections import memory
-from miniq.connections.memory import STARTED_EARLY, STARTED_LATE, MemoryBroker
+from miniq.connections.memory import RESERVED, STARTED_EARLY, STARTED_LATE, MemoryBroker
 from miniq.exceptions import OperationalError, Reject
 from miniq.producer import Producer
 from miniq.trace import TaskRunner
@@ -171,6 +171,8 @@ class Fleet:
             decorate(name=name, **options)(fun)
         self.prefetch = plan.choice((1, 1, 2, 4))
         self.max_concurrency = plan.choice((1, 2, 3))
+        #: Tasks are many and short, so that workers give them to their pools ahead.
+        self.quick = plan.random() < 0.06
         transport = MemoryTransport(self.url, {}, world.now)
         #: Producers live through everything, but a connection may be lost, or an answer.
         self.producer = SimProducer(self.app, SimTransport(transport, world, "producer", (LOST,)))
@@ -194,10 +196,12 @@ class Fleet:
 
     def _make_plan(self) -> None:
         world, plan = self.world, self.world.plan
-        length_s = plan.choice((0.5, 3.0, 10.0))
+        length_s = 0.02 if self.quick else plan.choice((0.5, 3.0, 10.0))
         # Now and then all calls are of one kind: a crowd shows other things than a mixture.
-        kinds = KINDS if plan.random() < 0.8 else (plan.choice(KINDS),)
-        for number in range(plan.randint(8, 22)):
+        kinds: Sequence[str] = KINDS if plan.random() < 0.8 else (plan.choice(KINDS),)
+        if self.quick:
+            kinds = plan.choice((("early",), ("early",), ("late",), ("silent",)))
+        for number in range(plan.randint(8, 22) + 80 * self.quick):
             call = self._plan_call(number, kinds)
             self.calls[call.id] = call
             t = plan.random() * length_s
@@ -272,6 +276,8 @@ class Fleet:
         transport = SimTransport(store, world, who, selector=loop.sim_selector)
         transport.variant = variant.consumer
         transport.deaf = variant.deaf
+        if world.plan.random() < 0.5:
+            transport.journal = SimJournal(world)
         if variant.answers_lost:
             transport.kinds_after_commit = (CRASH, LOST)
         results = variant.backend(MemoryBackend(self.url, {}, world.now))
@@ -289,6 +295,8 @@ class Fleet:
         self._guarded(member, worker.begin)
 
     def _duration_s(self, task: str) -> float:
+        if self.quick:
+            return self.world.pools.choice((0.0002, 0.0005, 0.0008))
         return self.world.pools.choice((0.001, 0.03, 0.4, 2.0, 5.0 if task.startswith("limited") else 0.1))
 
     def _start_last_worker(self) -> None:
@@ -316,12 +324,24 @@ class Fleet:
         self._start_worker(node=member.node)
 
     def _record_losses(self, member: Member) -> None:
-        """Note which messages the broker knows to have been started by a worker that is no more."""
+        """Note which messages had been started by a worker that is no more.
+
+        Those which its journal knows not to have begun count as not started, as in the SQLite transport.
+        """
         ids = {owner.id for owner in self.broker.owners.values() if owner.node == member.node}
-        for row in self.broker.rows.values():
+        transport = member.pool.transport
+        for row in list(self.broker.rows.values()):
             number = row.message.headers.get(NUMBER)
-            if row.owner in ids and row.state in (STARTED_EARLY, STARTED_LATE) and number is not None:
-                self.world.lost(member.who, self.world.copies[number], "its worker is gone")
+            if row.owner not in ids or row.state not in (STARTED_EARLY, STARTED_LATE) or number is None:
+                continue
+            copy, token = self.world.copies[number], transport.tokens.get(row.id)
+            if token is not None and transport.journal is not None and not transport.journal.has_begun(token):
+                with self.broker:
+                    self.broker.change(row, RESERVED, owner=row.owner)
+                    row.deliveries -= 1
+                self.world.released(member.who, copy, True)
+            else:
+                self.world.lost(member.who, copy, "its worker is gone")
 
     # -- turns
 
@@ -462,7 +482,7 @@ class Fleet:
                 self._check_links(call, copies)
             if "link_error" in call.options:
                 self._check_errbacks(call, copies)
-        for (who, task), starts in world.starts.items():
+        for (who, task), starts in world.submissions.items():
             if task.startswith("rated"):
                 self._check_rate(who, task, starts)
 
@@ -512,7 +532,7 @@ class Fleet:
             if not losses:
                 return "nothing that ran it was lost"
             task = self.app.tasks[call.task]
-            if task.reject_on_worker_lost and max(copy.marks for copy in copies) < self.world.delivery_limit:
+            if task.reject_on_worker_lost and max(copy.starts for copy in copies) < self.world.delivery_limit:
                 return "it may be started again"
             if task.reject_on_worker_lost and call.id not in self.world.dead:
                 return "it was not set aside"

@@ -138,6 +138,26 @@ class Faulty(Proxy):
         return Call(self.world, self.who, point, self.kinds)
 
 
+class SimJournal:
+    """A journal of starts in memory, outliving its worker as the real one does."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._begun: Set[int] = set()
+
+    def token(self) -> int:
+        return self._world.new_number()
+
+    def free(self, token: int) -> None:
+        self._begun.discard(token)
+
+    def mark(self, token: int) -> None:
+        self._begun.add(token)
+
+    def has_begun(self, token: int) -> bool:
+        return token in self._begun
+
+
 class SimTransport(Faulty):
     """The real transport as one worker or producer reaches it."""
 
@@ -160,6 +180,9 @@ class SimTransport(Faulty):
         #: Number of a message -> what came of its last run here; and -> the tag of that delivery.
         self.outcomes: Dict[int, Union[Outcome, Lost]] = {}
         self.started: Dict[int, Any] = {}
+        #: Tag of a delivery -> its name in the journal of starts, if this worker has one.
+        self.tokens: Dict[Any, int] = {}
+        self.journal: Optional[SimJournal] = None
 
     def transaction(self) -> Transaction:
         return Transaction(self.world, self.who, self.inner.transaction(), self.kinds_after_commit)
@@ -218,6 +241,9 @@ class SimConsumer(Faulty, ConsumerProxy):
     def on_readable(self) -> None:
         self._readable.discard(self._fd)
 
+    def start_journal(self) -> Optional[SimJournal]:
+        return self.transport.journal
+
     # -- calls that are recorded
 
     def _copies(self, *deliveries: Delivery) -> Iterator[Tuple[Delivery, Copy]]:
@@ -233,6 +259,7 @@ class SimConsumer(Faulty, ConsumerProxy):
             found: List[Delivery] = self.inner.poll(limit)
             for delivery, copy in self._copies(*found):
                 world.record(world.polled, self.who, copy, delivery.fate)
+                world.record(self.transport.started.pop, copy.number, None)
         return found
 
     def start(self, deliveries: Sequence[Delivery]) -> None:
@@ -242,6 +269,8 @@ class SimConsumer(Faulty, ConsumerProxy):
             for delivery, copy in self._copies(*deliveries):
                 transport.outcomes.pop(copy.number, None)
                 world.record(transport.started.__setitem__, copy.number, delivery.tag)
+                if delivery.token is not None:
+                    world.record(transport.tokens.__setitem__, delivery.tag, delivery.token)
                 world.record(world.marked, self.who, copy)
 
     def ack(self, delivery: Delivery) -> bool:
@@ -276,22 +305,23 @@ class SimConsumer(Faulty, ConsumerProxy):
         with self._call("reject"):
             done: bool = self.inner.reject(delivery, requeue, reason)
             self._set_aside(delivery, reason, done and not requeue)
-            self._pardon(delivery, done and requeue)
+            for _, copy in self._copies(delivery) if done and requeue else ():
+                self.world.record(self.world.requeued, self.who, copy)
         return done
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
         with self._call("release"):
             self.inner.release(deliveries)
-            for delivery in deliveries:
-                self._pardon(delivery, self._was_started(delivery))
+            for delivery, copy in self._copies(*deliveries):
+                self.world.record(self._released, delivery, copy)
+
+    def _released(self, delivery: Delivery, copy: Copy) -> None:
+        self.world.released(self.who, copy, self._was_started(delivery))
+        self.transport.started.pop(copy.number, None)
 
     def _was_started(self, delivery: Delivery) -> bool:
         tag = self.transport.started.get(delivery.message.headers.get(NUMBER, 0))
         return tag is not None and bool(tag == delivery.tag)
-
-    def _pardon(self, delivery: Delivery, done: bool) -> None:
-        for _, copy in self._copies(delivery) if done else ():
-            self.world.record(self.world.pardoned, self.who, copy)
 
     def dead_letter(self, delivery: Delivery, reason: str) -> bool:
         with self._call("dead_letter"):

@@ -40,8 +40,8 @@ class Copy:
     """One message as it was published once: the same task id may travel in several."""
 
     __slots__ = (
-        "number", "id", "task", "eta", "expires", "polled_at", "marks", "runs", "doubles", "succeeded",
-        "ended", "losses", "pardons",
+        "number", "id", "task", "eta", "expires", "polled_at", "marks", "starts", "runs", "doubles",
+        "succeeded", "ended", "losses",
     )  # fmt: skip
 
     def __init__(self, number: int, id_: str, task: str) -> None:
@@ -51,13 +51,13 @@ class Copy:
         self.eta: Optional[float] = None
         self.expires: Optional[float] = None
         self.polled_at = 0  # position among all commits
-        self.marks = 0  # how often the broker knows it to have started
-        self.runs = 0  # how often a pool got it
+        self.marks = 0  # how often the broker was told that it starts
+        self.starts = 0  # how many of these it counts, as of those sent back on purpose it does not
+        self.runs = 0  # how often it has begun
         self.doubles = 0  # how often the broker delivered it again although it was acknowledged
         self.succeeded = 0  # how often it was acknowledged after a success
         self.ended = 0  # how often it was acknowledged or set aside
         self.losses = 0  # how often what ran it went away
-        self.pardons = 0  # how often a start was taken back: it was sent back on purpose
 
 
 class World:
@@ -98,8 +98,8 @@ class World:
         self.revoked_at: Dict[str, int] = {}
         #: Tasks whose result the backend once did not take.
         self.refusals: Set[str] = set()
-        #: (worker, task) -> when runs began.
-        self.starts: Dict[Tuple[str, str], List[float]] = {}
+        #: (worker, task) -> when jobs were given to its pool.
+        self.submissions: Dict[Tuple[str, str], List[float]] = {}
 
     # -- time
 
@@ -181,7 +181,11 @@ class World:
 
     def marked(self, who: str, copy: Copy) -> None:
         copy.marks += 1
-        self.note(who, "marked #%s as started", copy.number)
+        copy.starts += 1
+        self.note(who, "marked #%s as started, start %d", copy.number, copy.starts)
+        limit = self.delivery_limit * (1 + copy.doubles)
+        if copy.starts > limit:
+            self.violation(f"#{copy.number} {copy.id}: start {copy.starts}, the limit is {limit}")
 
     def ended(self, who: str, copy: Copy, how: str, succeeded: bool) -> None:
         copy.ended += 1
@@ -192,9 +196,13 @@ class World:
         copy.doubles += 1
         self.note(who, "FAULT the broker delivers #%s once more", copy.number)
 
-    def pardoned(self, who: str, copy: Copy) -> None:
-        copy.pardons += 1
-        self.note(who, "#%s is sent back, its start does not count", copy.number)
+    def released(self, who: str, copy: Copy, was_started: bool) -> None:
+        copy.starts -= was_started
+        self.note(who, "released #%s", copy.number)
+
+    def requeued(self, who: str, copy: Copy) -> None:
+        copy.starts = min(copy.starts, self.delivery_limit * (1 + copy.doubles) - 1)
+        self.note(who, "requeued #%s", copy.number)
 
     def set_aside(self, who: str, copy: Copy, reason: str) -> None:
         self.dead.setdefault(copy.id, []).append(reason)

@@ -134,7 +134,7 @@ def test_error_at_the_start_is_raised_in_the_host(make_app: Callable[..., MiniQ]
         make_app().worker(exclude_queues=["celery"])
     with pytest.raises(ImproperlyConfigured, match="at least 1"):
         make_app().worker(concurrency=0)
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+    with pytest.raises(ImportError, match="no_such_module"):
         make_app(imports=["no_such_module"]).worker()
 
 

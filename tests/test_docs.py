@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: MIT
+"""What the pages in docs/ say is so: their settings, flags, options, and programs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import shlex
+import sys
+import textwrap
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NamedTuple, Set, Tuple
+
+import pytest
+from workers import ROOT, Program, environment
+
+from miniq import AsyncResult, MiniQ, Task, conf, signals
+from miniq.cli.main import build_parser
+from miniq.connections.sqlite import Options
+from miniq.pools.base import POOLS
+from miniq.producer import CALL_OPTIONS
+from miniq.task import DECORATOR_OPTIONS
+
+DOCS = ROOT / "docs"
+README = ROOT / "README.rst"
+PAGES = [README, *sorted(DOCS.rglob("*.rst"))]
+NOT_USED = "Not used in this version."
+
+
+def text_of(name: str) -> str:
+    """Return a page of docs/."""
+    return (DOCS / f"{name}.rst").read_text(encoding="utf-8")
+
+
+def page_id(path: Path) -> str:
+    """Return how a page is called in a test's name."""
+    return path.relative_to(ROOT).with_suffix("").as_posix()
+
+
+each_page = pytest.mark.parametrize("path", PAGES, ids=page_id)
+
+
+# -- reading pages -------------------------------------------------------------------------------
+
+
+def literals(text: str) -> List[str]:
+    """Return what stands between double backquotes, and the lines of literal blocks."""
+    return re.findall(r"``(.+?)``", text, re.DOTALL) + re.findall(r"^ {4,}(.*\S)", text, re.MULTILINE)
+
+
+class Table(NamedTuple):
+    """A simple table: its lines, and where its columns begin and end."""
+
+    first_line: int
+    columns: List[Tuple[int, int]]
+    lines: List[str]
+
+
+def tables(text: str) -> Iterator[Table]:
+    """Yield the simple tables of a page."""
+    lines = text.split("\n")
+    borders = [at for at, line in enumerate(lines) if re.fullmatch(r"=+( +=+)+", line)]
+    while borders:
+        start = borders[0]
+        end = start
+        # The last border is the one before an empty line; a table has two or three.
+        for end in borders[1:3]:
+            if not lines[end + 1]:
+                break
+        borders = [at for at in borders if at > end]
+        columns = [match.span() for match in re.finditer("=+", lines[start])]
+        yield Table(start, columns, lines[start : end + 1])
+
+
+def first_column(name: str, first_row: str) -> Set[str]:
+    """Return the names in the first column of the table that has the row `first_row`."""
+    for table in tables(text_of(name)):
+        width = table.columns[0][1]
+        cells = [line[:width] for line in table.lines]
+        if any(first_row in cell for cell in cells):
+            return set(re.findall(r"``(\w+)[^`]*``", "\n".join(cells)))
+    raise AssertionError(f"{name}.rst has no table with a row {first_row!r}")
+
+
+def python_blocks() -> Dict[str, str]:
+    """Return all Python programs on the pages; the key says where."""
+    found = {}
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for match in re.finditer(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)+)", text, re.MULTILINE):
+            line = text.count("\n", 0, match.start()) + 1
+            found[f"{page_id(path)}:{line}"] = textwrap.dedent(match.group(1)).strip() + "\n"
+    return found
+
+
+BLOCKS = python_blocks()
+#: Programs that stand on their own; the README's have a test of their own.
+COMPLETE = [
+    where
+    for where, source in BLOCKS.items()
+    if source.startswith(("import ", "from ")) and not where.startswith("README")
+]
+
+
+@each_page
+def test_tables_keep_to_their_columns(path: Path) -> None:
+    for table in tables(path.read_text(encoding="utf-8")):
+        for number, line in enumerate(table.lines, table.first_line + 1):
+            for (_, end), (start, _) in zip(table.columns, table.columns[1:]):
+                assert not line[end:start].strip(), f"{page_id(path)}:{number}: text between columns"
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+ENTRY = re.compile(
+    r"^``(?P<name>\w+)`` : (?P<type>\S.*?), default ``(?P<default>.*?)``(?:, once ``(?P<old>\w+)``)?\n"
+    r"(?P<text>(?:    .*\n)+)",
+    re.MULTILINE,
+)
+ENTRIES = {match["name"]: match for match in ENTRY.finditer(text_of("settings") + "\n")}
+
+
+def test_every_setting_is_documented_once() -> None:
+    names = re.findall(r"^``(\w+)`` : ", text_of("settings"), re.MULTILINE)
+    assert sorted(names) == sorted(conf.SETTINGS)
+
+
+@pytest.mark.parametrize("name", sorted(conf.SETTINGS))
+def test_setting_is_documented_as_it_is(name: str) -> None:
+    setting, entry = conf.SETTINGS[name], ENTRIES[name]
+    assert entry["default"] == repr(setting.default)
+    assert entry["type"] == setting.type
+    assert (entry["old"] or "") == setting.old_name
+
+
+def test_settings_that_nothing_reads_are_marked_and_no_others() -> None:
+    source = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "miniq").rglob("*.py")
+        if path.name != "conf.py"
+    )
+    source += (ROOT / "miniq" / "conf.py").read_text(encoding="utf-8").partition("class Settings:")[2]
+    fields = re.compile(r"^    \w+: .*$", re.MULTILINE)  # the annotations of `Settings` read nothing
+    source = fields.sub("", source)
+
+    def is_read(name: str) -> bool:
+        # Options of tasks are looked up by their own names, "task_" is put before.
+        by_task = name.startswith("task_") and re.search(
+            rf'(?:option|_setting)\((?:task, )?"{name[5:]}"', source
+        )
+        return bool(by_task or re.search(rf"\b{name}\b", source))
+
+    marked = {name for name, entry in ENTRIES.items() if NOT_USED in " ".join(entry["text"].split())}
+    assert marked == {name for name in conf.SETTINGS if not is_read(name)}
+
+
+#: What looks like a setting and is something else.
+OTHER_NAMES = {
+    *vars(signals), *vars(MiniQ), *vars(AsyncResult), *Options._fields,
+    "task_id", "task_name", "task_cls", "task_ids",
+}  # fmt: skip
+
+
+@each_page
+def test_page_names_no_setting_that_does_not_exist(path: Path) -> None:
+    found = re.findall(
+        r"(?<![\w./])(?:task|worker|broker|result)_[a-z][a-z_]*[a-z](?![\w(]|\.\.\.)",
+        "\n".join(literals(path.read_text(encoding="utf-8"))),
+    )
+    unknown = set(found) - set(conf.SETTINGS) - OTHER_NAMES
+    assert not unknown
+
+
+def test_defaults_that_differ_from_celery_are_told_right() -> None:
+    rows = re.findall(r"^``(worker_\w+)`` +(\S+) +(\S+)  ", text_of("porting-from-celery"), re.MULTILINE)
+    assert len(rows) == 4
+    for name, _, ours in rows:
+        assert ours == repr(conf.SETTINGS[name].default)
+    own = text_of("porting-from-celery").partition("Settings of miniq alone:")[2].partition(".")[0]
+    assert set(re.findall(r"``(\w+)``", own)) == conf.OWN_SETTINGS
+
+
+# -- the command line ----------------------------------------------------------------------------
+
+
+def parsers() -> List[argparse.ArgumentParser]:
+    """Return the parser of the program and those of its commands."""
+    parser = build_parser()
+    found: List[argparse.ArgumentParser] = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += action.choices.values()
+    return found
+
+
+@each_page
+def test_page_names_no_flag_that_does_not_exist(path: Path) -> None:
+    known = {flag for parser in parsers() for flag in parser._option_string_actions}
+    used = set()
+    for text in literals(path.read_text(encoding="utf-8")):
+        if "celery -A" not in text and "pip" not in text:
+            used |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    assert not used - known
+
+
+@each_page
+def test_command_lines_on_page_are_understood(path: Path) -> None:
+    lines = re.findall(
+        r"^ {4,}(?:ExecStart=\S*)?python3? -m [\w.]*miniq (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for line in lines:
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                build_parser().parse_args(shlex.split(line, comments=True))
+        except SystemExit:
+            pytest.fail(f"{line}: {errors.getvalue()}")
+
+
+def test_exit_codes_of_the_worker_are_those_in_its_help() -> None:
+    worker = next(parser for parser in parsers() if parser.prog.endswith(" worker"))
+    told = (worker.epilog or "").partition("exit codes:")[2].partition("examples:")[0]
+    codes = re.findall(r"(?:^|\s\s)(\d+)  \w", told)
+    shown = re.findall(r"^(\d+) {2,}", text_of("workers").partition("Exit code ")[2], re.MULTILINE)
+    assert codes
+    assert shown == codes
+
+
+# -- options -------------------------------------------------------------------------------------
+
+
+def test_task_options_are_all_there_with_their_defaults() -> None:
+    rows = re.findall(
+        r"^(``\w+``(?:, ``\w+``)*)  +(?:``(.*?)``|(\d+)|the app's)? ", text_of("tasks"), re.MULTILINE
+    )
+    documented = {}
+    for names, quoted, number in rows:
+        for name in re.findall(r"\w+", names):
+            documented[name] = quoted or number
+    handlers = {"before_start", "on_success", "on_failure", "on_retry", "after_return", "shadow_name"}
+    without_meaning = {"shared", "lazy", "filter", "send_events"}
+    assert set(documented) == DECORATOR_OPTIONS - handlers - without_meaning
+    for name, default in documented.items():
+        if default and name != "bind":
+            assert repr(getattr(Task, name)) == default, name
+
+
+def test_calling_options_exist() -> None:
+    assert first_column("calling", "``countdown``") <= set(CALL_OPTIONS)
+
+
+def test_results_have_what_is_said() -> None:
+    for name in first_column("calling", "``ready()``"):
+        assert hasattr(AsyncResult, name), name
+
+
+def test_options_of_the_sqlite_file_are_all_there_with_their_defaults() -> None:
+    rows = re.findall(r"^``(\w+)`` +`*([\w.]+)`* ", text_of("sqlite").partition("Option  ")[2], re.MULTILINE)
+    documented = dict(rows[: len(Options._fields)])
+    assert documented == {name: str(default) for name, default in Options._field_defaults.items()}
+
+
+def test_pools_are_all_there() -> None:
+    header = next(line for line in text_of("workers").split("\n") if line.startswith("``--pool``"))
+    # Celery's other name for the same pool needs no column.
+    assert set(re.findall(r"``(\w+)``", header)) == set(POOLS) - {"processes"}
+
+
+# -- programs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", BLOCKS)
+def test_python_on_page_compiles(where: str) -> None:
+    compile(BLOCKS[where], where, "exec")
+
+
+@pytest.mark.parametrize("where", COMPLETE)
+def test_complete_program_on_page_runs(where: str, program: Callable[..., Program], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(BLOCKS[where], encoding="utf-8")
+    script = program([sys.executable, "script.py"], tmp_path, environment(tmp_path))
+    assert script.wait(60) == 0, script.log
