@@ -544,7 +544,7 @@ class Database:
             ports: Set[int] = set()
             for route in added:
                 found = self._ports.get(route)
-                if found is None:
+                if not found:  # "nobody" is not remembered: a worker may just be starting
                     found = self._ports[route] = self._ports_for(*route)
                 ports.update(found)
             for port in ports - seen:
