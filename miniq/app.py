@@ -54,14 +54,14 @@ from .transports.base import Publication
 
 if TYPE_CHECKING:
     from datetime import datetime, tzinfo
-    from typing import Coroutine, TypeVar, overload
+    from typing import TypeVar, overload
 
-    from typing_extensions import Concatenate, Literal, ParamSpec
+    from typing_extensions import Literal, ParamSpec
 
-    from .task import TypedTask
+    from .task import BoundDecorator, Decorator, TypedTask
 
     P = ParamSpec("P")
-    R = TypeVar("R")
+    C = TypeVar("C")
 
 #: Where messages and results go when nothing is configured.
 DEFAULT_URL = "sqlite:///miniq.db"
@@ -392,11 +392,7 @@ class MiniQ:
     if TYPE_CHECKING:
 
         @overload
-        def task(
-            self, fun: Callable[P, Coroutine[Any, Any, R]], /
-        ) -> TypedTask[P, Coroutine[Any, Any, R], R]: ...
-        @overload
-        def task(self, fun: Callable[P, R], /) -> TypedTask[P, R, R]: ...
+        def task(self, fun: Callable[P, C], /) -> TypedTask[P, C]: ...
         @overload
         def task(self, *, bind: Literal[True], **options: Any) -> BoundDecorator: ...
         @overload
@@ -444,7 +440,7 @@ class MiniQ:
         cls = base or self.Task
         _check_names(task_name, options, cls)
         known = self.tasks.get(task_name)
-        if known is not None and known.__wrapped__ is fun:
+        if known is not None and getattr(known, "__wrapped__", None) is fun:
             return known
         attributes = {
             "app": self,
@@ -495,7 +491,8 @@ class MiniQ:
         """Apply the setting `task_annotations`.
 
         ``{name or "*": {attribute: value}}``, an object with ``annotate(task)`` that returns such
-        attributes, the path of one, or a list of these.  A plain function becomes a method, as it would in the task's class.
+        attributes, the path of one, or a list of these.  A plain function becomes a method, as it
+        would in the task's class.
         """
         annotations = self.conf.task_annotations
         for annotation in annotations if isinstance(annotations, (list, tuple)) else (annotations,):
@@ -600,7 +597,7 @@ class MiniQ:
             name,
             self,
             None,
-            prepared.publication.message.headers["ignore_result"],
+            bool(prepared.publication.message.headers["ignore_result"]),
         )
         frame = _state.worker_frame()
         if frame is not None and get("add_to_parent") is not False and frame.task.trail:
@@ -718,36 +715,9 @@ class SharedTask:
 
 
 if TYPE_CHECKING:
-    # Under the typing rules a class that only checkers see can say what a decorator does.
-
-    class Decorator:
-        """``@app.task(...)`` for a function."""
-
-        @overload
-        def __call__(
-            self, fun: Callable[P, Coroutine[Any, Any, R]], /
-        ) -> TypedTask[P, Coroutine[Any, Any, R], R]: ...
-        @overload
-        def __call__(self, fun: Callable[P, R], /) -> TypedTask[P, R, R]: ...
-        def __call__(self, fun: Any, /) -> Any: ...
-
-    class BoundDecorator:
-        """``@app.task(bind=True, ...)``: the first parameter is the task itself."""
-
-        @overload
-        def __call__(
-            self, fun: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /
-        ) -> TypedTask[P, Coroutine[Any, Any, R], R]: ...
-        @overload
-        def __call__(self, fun: Callable[Concatenate[Any, P], R], /) -> TypedTask[P, R, R]: ...
-        def __call__(self, fun: Any, /) -> Any: ...
 
     @overload
-    def shared_task(
-        fun: Callable[P, Coroutine[Any, Any, R]], /
-    ) -> TypedTask[P, Coroutine[Any, Any, R], R]: ...
-    @overload
-    def shared_task(fun: Callable[P, R], /) -> TypedTask[P, R, R]: ...
+    def shared_task(fun: Callable[P, C], /) -> TypedTask[P, C]: ...
     @overload
     def shared_task(*, bind: Literal[True], **options: Any) -> BoundDecorator: ...
     @overload

@@ -45,9 +45,9 @@ class Signature(Dict[str, Any]):
         self._type = type
         if isinstance(task, dict):
             super().__init__(task)
-            for key, default in (("args", ()), ("kwargs", {}), ("options", {})):
-                if self.get(key) is None:
-                    self[key] = type(default)()
+            self["args"] = self.get("args") or ()
+            self["kwargs"] = self.get("kwargs") or {}
+            self["options"] = self.get("options") or {}
             self.setdefault("subtask_type", None)
             self.setdefault("immutable", False)
             return

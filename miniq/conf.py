@@ -237,20 +237,6 @@ _TABLE: Tuple[Setting, ...] = (
     _S("broker_read_url", "Optional[Union[str, List[str]]]", None, "another one to consume from"),
     _S("broker_write_url", "Optional[Union[str, List[str]]]", None, "another one to publish to"),
     _S("broker_transport_options", "Dict[str, Any]", {}, "options of the transport"),
-    _S("broker_connection_timeout", "float", 4.0, "seconds for connecting", minimum=0.001),
-    _S("broker_connection_retry", "bool", True, "a worker that loses its broker tries again"),
-    _S("broker_connection_retry_on_startup", "Optional[bool]", None, "... at its start; None = as above"),
-    _S(
-        "broker_connection_max_retries", "Optional[int]", 100, "attempts; 0 or None = for ever",
-        minimum=0, check=_zero_is_none,
-    ),
-    _S(
-        "broker_failover_strategy", "Optional[str]", None, "order of several URLs; None = round-robin",
-        choices=("round-robin", "shuffle"),
-    ),
-    _S("broker_heartbeat", "Optional[float]", 120.0, "seconds between heartbeats; 0 = none", minimum=0),
-    _S("broker_pool_limit", "Optional[int]", 10, "connections of a process; 0 = no pool", minimum=0),
-    _S("broker_pool_acquire_timeout", "Optional[float]", None, "seconds to wait for one", minimum=0),
     # tasks: how they run
     _S("task_acks_late", "bool", False, "acknowledge after the run, not before it"),
     _S("task_acks_on_failure_or_timeout", "bool", True, "with acks_late: acknowledge a failed run too"),
@@ -272,7 +258,6 @@ _TABLE: Tuple[Setting, ...] = (
     _S("task_default_rate_limit", "Optional[Union[str, float]]", None, "10, '10/s', '100/m', ...",
        check=_valid_rate),
     _S("task_repr_maxlevels", "int", 3, "levels of nesting in argsrepr", minimum=1, maximum=20),
-    _S("task_allow_error_cb_on_chord_header", "bool", False, "a chord's link_error also goes to its header"),
     _S("task_protocol", "int", 2, "version of the messages sent", choices=(2,)),
     _S("task_always_eager", "bool", False, "apply_async runs the task here and now"),
     _S("task_eager_propagates", "bool", False, "... and lets its exceptions out"),
@@ -322,10 +307,6 @@ _TABLE: Tuple[Setting, ...] = (
     ),
     _S("worker_disable_prefetch", "bool", False, "take messages for free slots only"),
     _S(
-        "worker_eta_task_limit", "Optional[int]", None, "not yet due messages held; None = miniq's own limit",
-        minimum=0, check=_zero_is_none,
-    ),
-    _S(
         "worker_max_tasks_per_child", "Optional[int]", None, "a child is replaced after so many tasks",
         minimum=0, check=_zero_is_none,
     ),
@@ -341,7 +322,6 @@ _TABLE: Tuple[Setting, ...] = (
     _S("worker_deduplicate_successful_tasks", "bool", False,
        "a redelivered task with a result is not run"),
     _S("worker_soft_shutdown_timeout", "float", 0.0, "seconds tasks get before a cold shutdown", minimum=0),
-    _S("worker_enable_soft_shutdown_on_idle", "bool", False, "... also when none is running"),
     # logging.  Celery replaces the host's handlers and catches print; miniq does so when told to.
     _S("worker_hijack_root_logger", "bool", False, "replace the root logger's handlers"),
     _S("worker_log_color", "Optional[bool]", None, "colour; None = on a terminal, unless NO_COLOR"),
@@ -360,9 +340,6 @@ _TABLE: Tuple[Setting, ...] = (
     _S("result_compression", "Optional[str]", None, "compression of results"),
     _S("result_backend_transport_options", "Dict[str, Any]", {}, "options of the result backend"),
     _S("result_backend_always_retry", "bool", False, "storing that failed is tried again"),
-    _S("result_backend_max_retries", "float", float("inf"), "... so often", minimum=0, maximum=float("inf")),
-    _S("result_backend_base_sleep_between_retries_ms", "float", 10, "... first after so many ms", minimum=0),
-    _S("result_backend_max_sleep_between_retries_ms", "float", 10000, "... at most so many ms", minimum=0),
 )
 # fmt: on
 
@@ -374,9 +351,13 @@ SETTINGS: Dict[str, Setting] = {setting.name: setting for setting in _TABLE}
 CELERY_ONLY = frozenset(
     """
     broker_transport broker_host broker_port broker_user broker_password broker_vhost broker_use_ssl
+    broker_connection_timeout broker_connection_retry broker_connection_retry_on_startup
+    broker_connection_max_retries broker_failover_strategy broker_heartbeat broker_pool_limit
+    broker_pool_acquire_timeout
     broker_channel_error_retry broker_heartbeat_checkrate broker_login_method
     broker_native_delayed_delivery_queue_type
-    task_remote_tracebacks task_send_sent_event
+    task_remote_tracebacks task_send_sent_event task_allow_error_cb_on_chord_header
+    worker_eta_task_limit worker_enable_soft_shutdown_on_idle
     worker_pool_putlocks worker_pool_restarts worker_enable_prefetch_count_reduction worker_autoscaler
     worker_agent worker_consumer worker_timer worker_timer_precision worker_lost_wait worker_state_db
     worker_direct
@@ -385,7 +366,8 @@ CELERY_ONLY = frozenset(
     worker_logfile worker_pidfile worker_uid worker_gid worker_umask worker_executable
     result_chord_expires result_failure_expires result_exchange result_exchange_type result_persistent
     result_cache_max result_chord_retry_interval result_chord_join_timeout result_chord_ordered
-    result_backend_thread_safe override_backends
+    result_backend_thread_safe override_backends result_backend_max_retries
+    result_backend_base_sleep_between_retries_ms result_backend_max_sleep_between_retries_ms
     redis_host redis_port redis_db redis_username redis_password redis_max_connections
     redis_backend_use_ssl redis_socket_timeout redis_socket_connect_timeout redis_retry_on_timeout
     redis_socket_keepalive redis_backend_health_check_interval redis_client_name
@@ -544,14 +526,6 @@ class Settings:
     broker_read_url: Optional[Union[str, List[str]]]
     broker_write_url: Optional[Union[str, List[str]]]
     broker_transport_options: Dict[str, Any]
-    broker_connection_timeout: float
-    broker_connection_retry: bool
-    broker_connection_retry_on_startup: Optional[bool]
-    broker_connection_max_retries: Optional[int]
-    broker_failover_strategy: Optional[str]
-    broker_heartbeat: Optional[float]
-    broker_pool_limit: Optional[int]
-    broker_pool_acquire_timeout: Optional[float]
     task_acks_late: bool
     task_acks_on_failure_or_timeout: bool
     task_acks_on_failure: Optional[bool]
@@ -567,7 +541,6 @@ class Settings:
     task_annotations: Any
     task_default_rate_limit: Optional[Union[str, float]]
     task_repr_maxlevels: int
-    task_allow_error_cb_on_chord_header: bool
     task_protocol: int
     task_always_eager: bool
     task_eager_propagates: bool
@@ -596,7 +569,6 @@ class Settings:
     worker_pool_start_method: Optional[str]
     worker_prefetch_multiplier: int
     worker_disable_prefetch: bool
-    worker_eta_task_limit: Optional[int]
     worker_max_tasks_per_child: Optional[int]
     worker_max_memory_per_child: Optional[int]
     worker_proc_alive_timeout: float
@@ -605,7 +577,6 @@ class Settings:
     worker_disable_rate_limits: bool
     worker_deduplicate_successful_tasks: bool
     worker_soft_shutdown_timeout: float
-    worker_enable_soft_shutdown_on_idle: bool
     worker_hijack_root_logger: bool
     worker_log_color: Optional[bool]
     worker_log_format: str
@@ -621,9 +592,6 @@ class Settings:
     result_compression: Optional[str]
     result_backend_transport_options: Dict[str, Any]
     result_backend_always_retry: bool
-    result_backend_max_retries: float
-    result_backend_base_sleep_between_retries_ms: float
-    result_backend_max_sleep_between_retries_ms: float
 
     _on_change: Optional[Callable[[], None]]
     _origins: Dict[str, Tuple[int, str]]

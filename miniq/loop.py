@@ -35,7 +35,7 @@ SLOW_CALLBACK_S = 0.1
 MAX_WAIT_S = 3600.0
 #: A descriptor is looked at after this many wake-ups ...
 SPIN_WAKEUPS = 2000
-#: ... and paused if they took less than this and the peer is gone (nothing can still come) ...
+#: ... and paused if they took less than this and the peer is gone, as it was at the last look ...
 SPIN_DEAD_S = 1.0
 #: ... or less than this whatever its state: 100,000 a second is no traffic but a callback that does not read.
 SPIN_ANY_S = 0.02
@@ -72,7 +72,7 @@ class Timer:
 class _Watch:
     """What is to be called for one descriptor, and how often it was lately."""
 
-    __slots__ = ("fd", "reader", "writer", "registered", "wakeups", "since", "pause_s", "timer")
+    __slots__ = ("fd", "reader", "writer", "registered", "wakeups", "since", "dead", "pause_s", "timer")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -81,6 +81,7 @@ class _Watch:
         self.registered = 0  # the event mask the selector knows
         self.wakeups = 0
         self.since = 0.0
+        self.dead = False  # had its peer gone at the last look
         self.pause_s = 0.0
         self.timer: Optional[Timer] = None  # runs while paused
 
@@ -256,7 +257,8 @@ class Loop:
         """Pause a descriptor that woke the loop too often; called every `SPIN_WAKEUPS`."""
         mono = self.mono()
         elapsed_s, watch.since, watch.wakeups = mono - watch.since, mono, 0
-        dead = elapsed_s < SPIN_DEAD_S and _is_dead(watch.fd)
+        was_dead, watch.dead = watch.dead, elapsed_s < SPIN_DEAD_S and _is_dead(watch.fd)
+        dead = was_dead and watch.dead
         if not dead and elapsed_s >= SPIN_ANY_S:
             watch.pause_s = 0.0
             return

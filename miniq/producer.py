@@ -193,6 +193,8 @@ class Producer:
         if hard is not None or soft is not None:
             check_limits(hard, soft, f"task {name}")
         ignore_result, stamped = get("ignore_result"), get("stamped_headers")
+        if ignore_result is None and task is not None:  # else the receiver's task decides
+            ignore_result = conf.task_ignore_result
         origin, reply_address = app.identity
         levels = conf.task_repr_maxlevels
         headers: Dict[str, Any] = {
@@ -211,7 +213,7 @@ class Producer:
             "argsrepr": get("argsrepr") or safe_repr(args, 1024, levels),
             "kwargsrepr": get("kwargsrepr") or safe_repr(kwargs, 1024, levels),
             "origin": origin,
-            "ignore_result": conf.task_ignore_result if ignore_result is None else ignore_result,
+            "ignore_result": ignore_result,
             "replaced_task_nesting": get("replaced_task_nesting") or 0,
             "stamped_headers": stamped,
             "stamps": {key: get(key) for key in stamped} if stamped else {},

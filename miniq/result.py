@@ -338,9 +338,12 @@ class AsyncResult(Generic[R]):
                 kind = TaskRevokedError if meta["status"] == states.REVOKED else DecodeError
                 value = kind(f"task {self.id} ended as {meta['status']} with {value!r:.200}")
             text = meta.get("traceback")
-            if text:
-                raise value from RemoteTraceback(text)
-            raise value
+            try:
+                if text:
+                    raise value from RemoteTraceback(text)
+                raise value
+            finally:
+                del value  # this frame and the error would hold each other
         if callback is not None:
             callback(self.id, value)
         return value
@@ -368,9 +371,7 @@ class AsyncResult(Generic[R]):
             yield node
             node = node.parent
 
-    def iterdeps(
-        self, intermediate: bool = False
-    ) -> "Iterator[Tuple[Optional[AsyncResult], AsyncResult]]":
+    def iterdeps(self, intermediate: bool = False) -> "Iterator[Tuple[Optional[AsyncResult], AsyncResult]]":
         """Yield (parent, result) for this one and all that descend from it, nearest first.
 
         Raises `IncompleteStream` at one that has not ended, unless `intermediate`.

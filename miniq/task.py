@@ -29,15 +29,13 @@ from .serialization import serializer_for
 from .times import backoff_s, parse_rate
 
 if TYPE_CHECKING:
-    from typing import Generic
+    from typing import Coroutine, Generic, TypeVar, overload
 
-    from typing_extensions import ParamSpec, TypeVar
+    from typing_extensions import Concatenate, ParamSpec
 
     P = ParamSpec("P")
-    #: What calling the task gives: its value, or for an ``async def`` a coroutine.
-    C = TypeVar("C", covariant=True)
-    #: What its result holds.
-    R = TypeVar("R", default=Any)
+    C = TypeVar("C")
+    R = TypeVar("R")
 
 
 class Context:
@@ -181,8 +179,8 @@ class Task:
     #: True for a function of several arguments that is not bound: as an errback it is called with
     #: (request, exc, traceback).
     takes_errback_arguments: bool = False
-    #: The plain function behind the task, for introspection.
-    __wrapped__: Optional[Callable[..., Any]] = None
+    #: The plain function behind the task, where there is one.
+    __wrapped__: Callable[..., Any]
     #: Raises TypeError when called with arguments `run` would not take; built on registration.
     _check_arguments: Optional[Callable[..., None]] = None
     #: Names of the parameters that may be given by position.
@@ -553,20 +551,55 @@ class Task:
 
 
 if TYPE_CHECKING:
+    # What the decorators return, for type checkers only: it keeps the parameters of the function.
 
-    class TypedTask(Task, Generic[P, C, R]):
-        """What the decorators return, for type checkers: keeps the parameters of the function."""
+    class TypedTask(Task, Generic[P, C]):
+        """A task of ``Callable[P, C]``; an ``async def`` has its value, not the coroutine, as result."""
 
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C: ...
-        def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]: ...
+        @overload
+        def delay(
+            self: TypedTask[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs
+        ) -> AsyncResult[R]: ...
+        @overload
+        def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[C]: ...
+        def delay(self, *args: Any, **kwargs: Any) -> Any: ...
+        @overload
+        def apply_async(
+            self: TypedTask[P, Coroutine[Any, Any, R]],
+            args: Optional[Sequence[Any]] = None,
+            kwargs: Optional[Mapping[str, Any]] = None,
+            task_id: Optional[str] = None,
+            **options: Any,
+        ) -> AsyncResult[R]: ...
+        @overload
         def apply_async(
             self,
             args: Optional[Sequence[Any]] = None,
             kwargs: Optional[Mapping[str, Any]] = None,
             task_id: Optional[str] = None,
             **options: Any,
-        ) -> AsyncResult[R]: ...
-        def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult[R]: ...  # noqa: N802
+        ) -> AsyncResult[C]: ...
+        def apply_async(self, *args: Any, **options: Any) -> Any: ...
+
+    class CustomTask(TypedTask[P, C]):
+        """The same with options: any of them may be an attribute that only the user knows."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    class Decorator:
+        """``@app.task(...)`` for a function."""
+
+        def __call__(self, fun: Callable[P, C], /) -> CustomTask[P, C]: ...
+
+    class BoundDecorator:
+        """``@app.task(bind=True, ...)``: the first parameter is the task itself."""
+
+        @overload
+        def __call__(self, fun: Callable[Concatenate[Any, P], C], /) -> CustomTask[P, C]: ...
+        @overload  # mypy takes no ``(self, **kwargs)`` for the one above
+        def __call__(self, fun: Callable[..., C], /) -> CustomTask[..., C]: ...  # type: ignore[overload-cannot-match]
+        def __call__(self, fun: Any, /) -> Any: ...
 
 
 # -- checks when a task is registered --------------------------------------------------------------

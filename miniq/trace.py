@@ -351,9 +351,7 @@ class TaskRunner:
     #: False where an event loop is closed after each run.
     keeps_loops = True
 
-    def run_coroutine(
-        self, coroutine: Any, guard: "Optional[AbstractContextManager[Any]]" = None
-    ) -> Any:
+    def run_coroutine(self, coroutine: Any, guard: "Optional[AbstractContextManager[Any]]" = None) -> Any:
         """Run a coroutine to its end in this thread's own loop, which is kept for the next ones.
 
         `guard` is entered around each of its steps, and looked at while it waits: what that raises
@@ -594,6 +592,14 @@ class TaskRunner:
 
     def announce_failure(self, ex: Execution) -> None:
         """Call on_failure, send task_failure, write the log line."""
+        frame = _state.current_frame()
+        if frame is None or frame.request is not ex.request:  # a worker speaks for a process that is gone
+            token = _state.push_frame(ex.task, ex.request)
+            try:
+                self.announce_failure(ex)
+            finally:
+                _state.pop_frame(token)
+            return
         task, request, error, einfo = ex.task, ex.request, ex.error, ex.einfo
         text = einfo.traceback if einfo else ""
         self._handler(ex, task.on_failure, error, request.id, ex.args, ex.kwargs, einfo)
@@ -907,14 +913,19 @@ def _reason(error: Reject) -> str:
 
 
 def format_traceback(error: BaseException) -> str:
-    """Return the traceback of `error` as bounded text, without the frames of this module.
+    """Return the traceback of `error` as bounded text, without the frames that led to the task's own.
 
     Text from here on: a traceback object would keep every local of the failed task alive.
     """
     try:
-        tb = error.__traceback__
-        while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
-            tb = tb.tb_next
+        tb = entry = error.__traceback__
+        while entry is not None:
+            file = entry.tb_frame.f_code.co_filename
+            if file == __file__:
+                tb = entry.tb_next
+            elif os.path.basename(os.path.dirname(file)) != "asyncio":  # which is between for a coroutine
+                break
+            entry = entry.tb_next
         # Negative: the innermost frames, where it happened.
         lines = traceback_module.format_exception(type(error), error, tb, limit=-MAX_TRACEBACK_FRAMES)
         text = "".join(lines)

@@ -55,7 +55,7 @@ def taken(app: MiniQ, queue: str = "celery") -> List[Any]:
     return found
 
 
-# -- what arrives -------------------------------------------------------------------------------------
+# -- what arrives ----------------------------------------------------------------------------------
 
 
 def test_delay_and_apply_async_put_a_message_into_the_default_queue(app: MiniQ, add: Any) -> None:
@@ -65,7 +65,9 @@ def test_delay_and_apply_async_put_a_message_into_the_default_queue(app: MiniQ, 
     assert (second.id, second.task_name, str(second)) == ("my-id", "add", "my-id")
     deliveries = taken(app)
     assert [delivery.message.headers["id"] for delivery in deliveries] == [first.id, "my-id"]
-    assert [(one.exchange, one.routing_key, one.queue) for one in deliveries] == [("", "celery", "celery")] * 2
+    assert [(one.exchange, one.routing_key, one.queue) for one in deliveries] == [
+        ("", "celery", "celery")
+    ] * 2
 
 
 def test_ids_are_random_uuid4() -> None:
@@ -102,7 +104,7 @@ def test_send_task_is_never_eager_and_says_so(app: MiniQ) -> None:
     assert len(taken(app)) == 1
 
 
-# -- times ---------------------------------------------------------------------------------------------
+# -- times -----------------------------------------------------------------------------------------
 
 
 def test_a_naive_eta_is_in_the_apps_zone_and_travels_in_utc(app: MiniQ, add: Any) -> None:
@@ -148,13 +150,15 @@ def test_expires_and_priority_of_the_task_hold_for_every_call(app: MiniQ) -> Non
     assert prepared(app.task(name="u")(len), []).message.priority == 4
 
 
-# -- routing -----------------------------------------------------------------------------------------------
+# -- routing ---------------------------------------------------------------------------------------
 
 
 def test_a_call_goes_before_the_task_and_the_task_before_the_route(app: MiniQ) -> None:
     app.conf.task_routes = {"t.*": {"queue": "by_route", "priority": 2, "serializer": "pickle"}}
     plain, own = app.task(name="t.plain")(len), app.task(name="t.own", queue="by_task", priority=5)(len)
-    keys = [prepared(task, [], queue=queue).routing_key for task in (plain, own) for queue in (None, "by_call")]
+    keys = [
+        prepared(task, [], queue=queue).routing_key for task in (plain, own) for queue in (None, "by_call")
+    ]
     assert keys == ["by_route", "by_call", "by_task", "by_call"]
     assert [prepared(task, []).message.priority for task in (plain, own)] == [2, 5]
     assert prepared(plain, []).message.content_type == "application/x-python-serialize"
@@ -172,16 +176,14 @@ def test_a_queue_nobody_configured_is_refused_when_told_so(app: MiniQ, add: Any)
         add.apply_async((1, 2), queue="nowhere")
 
 
-@pytest.mark.parametrize(
-    ("given", "sent"), [(None, 2), (1, 1), (2, 2), ("transient", 1), ("persistent", 2)]
-)
+@pytest.mark.parametrize(("given", "sent"), [(None, 2), (1, 1), (2, 2), ("transient", 1), ("persistent", 2)])
 def test_the_delivery_mode_is_a_number_on_the_wire(app: MiniQ, add: Any, given: Any, sent: int) -> None:
     assert prepared(add, 1, 2, delivery_mode=given).message.properties["delivery_mode"] == sent
     app.conf.task_default_delivery_mode = given or 2
     assert prepared(add, 1, 2).message.properties["delivery_mode"] == sent
 
 
-# -- inside a task ------------------------------------------------------------------------------------------
+# -- inside a task ---------------------------------------------------------------------------------
 
 
 def test_calls_inside_a_task_know_where_they_come_from(app: MiniQ, add: Any) -> None:
@@ -194,17 +196,22 @@ def test_calls_inside_a_task_know_where_they_come_from(app: MiniQ, add: Any) -> 
 
     app.conf.task_inherit_parent_priority = True
     Bench(app).call(parent, task_id="one", root_id="root", priority=6)
-    assert [(one.headers["root_id"], one.headers["parent_id"]) for one in sent] == [("root", "one"), ("r", "p")]
+    assert [(one.headers["root_id"], one.headers["parent_id"]) for one in sent] == [
+        ("root", "one"),
+        ("r", "p"),
+    ]
     assert sent[0].priority == 6
     parent()
     assert sent[2].headers["root_id"] == sent[2].headers["id"], "a plain call is nobody's parent"
 
 
-# -- what is shown ---------------------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
 
 
 def test_argsrepr_and_kwargsrepr_hide_secrets(add: Any) -> None:
-    headers = prepared(add, "s3cret", kwargs={"y": "s3cret"}, argsrepr="(***)", kwargsrepr="{}").message.headers
+    headers = prepared(
+        add, "s3cret", kwargs={"y": "s3cret"}, argsrepr="(***)", kwargsrepr="{}"
+    ).message.headers
     assert (headers["argsrepr"], headers["kwargsrepr"]) == ("(***)", "{}")
 
 
@@ -223,7 +230,7 @@ def test_shadow_name_is_asked_when_the_call_says_nothing(app: MiniQ) -> None:
     assert prepared(task, 1, shadow="mine").message.headers["shadow"] == "mine"
 
 
-# -- headers ------------------------------------------------------------------------------------------------------
+# -- headers ---------------------------------------------------------------------------------------
 
 
 def test_custom_headers_are_merged_in(add: Any) -> None:
@@ -238,12 +245,17 @@ def test_headers_that_could_not_travel_are_refused(add: Any) -> None:
         add.apply_async((1, 2), headers={"retries": "two"})
 
 
-# -- refused -----------------------------------------------------------------------------------------------------------
+# -- refused ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("contdown", "countdown"), ("quue", "queue"), ("expire", "expires"), ("soft_timelimit", "soft_time_limit")],
+    [
+        ("contdown", "countdown"),
+        ("quue", "queue"),
+        ("expire", "expires"),
+        ("soft_timelimit", "soft_time_limit"),
+    ],
 )
 def test_an_unknown_option_names_the_nearest(add: Any, wrong: str, right: str) -> None:
     with pytest.raises(UnknownOption, match=f"'{wrong}': did you mean '{right}'"):
@@ -309,7 +321,7 @@ def test_every_option_is_documented_or_known(add: Any) -> None:
     assert {option for option in CALL_OPTIONS if f"`{option}`" not in documented} <= internal
 
 
-# -- signals ------------------------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------
 
 
 def test_publishing_sends_celerys_signals(app: MiniQ, add: Any) -> None:
@@ -355,7 +367,7 @@ def test_what_a_run_sends_on_is_announced_as_well(app: MiniQ) -> None:
     assert names == ["again", "again", "ok", "ok"]
 
 
-# -- publishing: retries and one deadline -------------------------------------------------------------------------------------------
+# -- publishing: retries and one deadline ----------------------------------------------------------
 
 
 class Flaky(MemoryTransport):
@@ -401,7 +413,11 @@ def test_the_retry_policy_bounds_the_attempts(flaky: Any) -> None:
 def test_one_deadline_bounds_all_attempts_together(flaky: Any) -> None:
     begun = time.monotonic()
     with pytest.raises(OperationalError):
-        flaky(10_000, timeout=0.2, retry_policy={"max_retries": None, "interval_start": 0.01, "interval_step": 0})
+        flaky(
+            10_000,
+            timeout=0.2,
+            retry_policy={"max_retries": None, "interval_start": 0.01, "interval_step": 0},
+        )
     assert time.monotonic() - begun < 5
     assert Flaky.attempts[0] == 0.2
     assert all(later < earlier for earlier, later in zip(Flaky.attempts, Flaky.attempts[1:]))
@@ -413,7 +429,7 @@ def test_the_setting_turns_retries_off(app: MiniQ, flaky: Any) -> None:
         flaky(99)
 
 
-# -- threads, processes, brokers -----------------------------------------------------------------------------------------------
+# -- threads, processes, brokers -------------------------------------------------------------------
 
 
 def test_each_thread_has_its_own_transport(app: MiniQ, add: Any) -> None:
@@ -442,7 +458,9 @@ def test_a_forked_child_is_another_sender_with_its_own_transport(sqlite_url: str
         code = 1
         try:
             add.delay(2, 2)
-            code = 0 if app.identity[0].startswith(f"gen{os.getpid()}@") and app.identity[1] != before[1] else 2
+            code = (
+                0 if app.identity[0].startswith(f"gen{os.getpid()}@") and app.identity[1] != before[1] else 2
+            )
         finally:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
@@ -474,7 +492,7 @@ def test_brokers_are_chosen_by_their_url(app: MiniQ) -> None:
         app.broker_url(write=True)
 
 
-# -- what it costs ------------------------------------------------------------------------------------------------------------------
+# -- what it costs ---------------------------------------------------------------------------------
 
 
 def test_one_delay_is_few_python_calls(sqlite_url: str, tell: Any) -> None:
@@ -499,7 +517,10 @@ def test_one_delay_is_few_python_calls(sqlite_url: str, tell: Any) -> None:
     started = time.perf_counter()
     for _ in range(1000):
         producer.prepare("add", (1, 2), {}, {}, add)
-    tell(f"one delay() on SQLite: {calls} Python calls; prepare: {(time.perf_counter() - started) * 1000:.0f} us")
+    tell(
+        f"one delay() on SQLite: {calls} Python calls;"
+        f" prepare: {(time.perf_counter() - started) * 1000:.0f} us"
+    )
     app.close()
 
 

@@ -38,7 +38,13 @@ def test_a_signature_is_the_dict_that_travels(add: Any) -> None:
         "task": "add", "args": [1], "kwargs": {"y": 2}, "options": {"countdown": 3},
         "subtask_type": None, "immutable": False,
     }  # fmt: skip
-    assert (sig.task, sig.name, sig.args, sig.kwargs, sig.options) == ("add", "add", (1,), {"y": 2}, {"countdown": 3})
+    assert (sig.task, sig.name, sig.args, sig.kwargs, sig.options) == (
+        "add",
+        "add",
+        (1,),
+        {"y": 2},
+        {"countdown": 3},
+    )
     assert (sig.id, sig.immutable, sig.type, repr(sig)) == (None, False, add, "add(1, y=2)")
     assert add.s().set(task_id="one").id == "one"
 
@@ -72,7 +78,11 @@ def test_maybe_signature_leaves_none_and_signatures(app: MiniQ, add: Any) -> Non
 def test_call_time_arguments_go_in_front_and_options_over(add: Any) -> None:
     sig = add.s(10, y=1).set(queue="own", countdown=0)
     clone = sig.clone((5,), {"y": 2}, queue="other")
-    assert (clone.args, clone.kwargs, clone.options) == ((5, 10), {"y": 2}, {"queue": "other", "countdown": 0})
+    assert (clone.args, clone.kwargs, clone.options) == (
+        (5, 10),
+        {"y": 2},
+        {"queue": "other", "countdown": 0},
+    )
     assert (sig.args, sig.options["queue"]) == ((10,), "own")
     assert sig.partial((5,)).args == (5, 10)
 
@@ -86,9 +96,9 @@ def test_immutable_signatures_take_options_only(add: Any) -> None:
 def test_calling_it_runs_the_task_here(app: MiniQ, add: Any) -> None:
     assert add.s(1)(2) == 3
     assert add.s(1).apply((2,)).get() == 3
-    for act in (lambda sig: sig(), lambda sig: sig.apply()):
+    for method in ("__call__", "apply"):
         with pytest.raises(NotRegistered):
-            act(app.signature("elsewhere"))
+            getattr(app.signature("elsewhere"), method)()
 
 
 def test_sending_it_is_calling_the_task(app: MiniQ, add: Any) -> None:
@@ -153,7 +163,9 @@ def test_workflows_are_refused_wherever_they_are(app: MiniQ, add: Any, kind: str
 
 
 def test_a_pipe_between_signatures_is_refused_and_not_a_merged_dict(add: Any) -> None:
-    for act in (lambda: add.s(1) | add.s(2), lambda: {} | add.s(2), lambda: add.s(1).__ior__(add.s(2))):
+    one: Any = add.s(1)
+    acts: List[Any] = [lambda: one | one, lambda: {} | one, lambda: one.__ior__(one)]
+    for act in acts:
         with pytest.raises(ImproperlyConfigured, match=r"no chains.*link="):
             act()
 

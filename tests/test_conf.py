@@ -190,9 +190,9 @@ def test_an_unknown_name_cannot_hide_a_part_of_the_object() -> None:
         ("worker_prefetch_multiplier", 1.5, "whole number"),
         ("task_acks_late", 1, "expected True or False"),
         ("task_acks_late", "yes", "True or False"),
-        ("broker_connection_timeout", float("nan"), "a number"),
-        ("broker_connection_timeout", float("inf"), "a number"),
-        ("broker_connection_timeout", 0, "at least 0.001"),
+        ("worker_proc_alive_timeout", float("nan"), "a number"),
+        ("worker_proc_alive_timeout", float("inf"), "a number"),
+        ("worker_proc_alive_timeout", 0, "at least 0.001"),
         ("task_default_priority", 256, "from 0 to 255"),
         ("task_serializer", None, "expected text"),
         ("accept_content", {"json": 1}, "a list of names"),
@@ -245,7 +245,6 @@ def test_right_values_are_kept_in_one_form() -> None:
             "task_default_rate_limit": "10/m",
             "worker_redirect_stdouts_level": "info",
             "worker_pool": dict,
-            "broker_connection_max_retries": 0,
             "task_publish_retry_policy": {"max_retries": None},
         }
     )
@@ -253,7 +252,6 @@ def test_right_values_are_kept_in_one_form() -> None:
     assert settings.accept_content == ["json", "pickle"]
     assert settings.result_expires == 3600.0
     assert settings.worker_max_tasks_per_child is None
-    assert settings.broker_connection_max_retries is None
     assert settings.task_time_limit == 1.5
     assert settings.task_publish_retry_policy["max_retries"] is None
     assert settings.task_publish_retry_policy["interval_step"] == 0.2, "what is not said keeps its default"
@@ -270,8 +268,8 @@ def test_an_update_with_one_wrong_value_changes_nothing() -> None:
 def test_a_refused_value_is_shown_without_its_secrets() -> None:
     settings = Settings()
     with pytest.raises(ImproperlyConfigured, match="at least") as caught:
-        settings.from_object({"BROKER_CONNECTION_TIMEOUT": -1})
-    assert "BROKER_CONNECTION_TIMEOUT = -1 in a dict: expected" in str(caught.value)
+        settings.from_object({"CELERYD_PROC_ALIVE_TIMEOUT": -1})
+    assert "CELERYD_PROC_ALIVE_TIMEOUT = -1 in a dict: expected" in str(caught.value)
     for name, value in (
         ("broker_url", {"u": "redis://:hunter2@h"}),
         ("broker_transport_options", ["redis://:hunter2@h"]),

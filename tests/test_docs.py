@@ -137,9 +137,7 @@ def test_setting_is_documented_as_it_is(name: str) -> None:
 
 def test_settings_that_nothing_reads_are_marked_and_no_others() -> None:
     source = "\n".join(
-        path.read_text(encoding="utf-8")
-        for path in (ROOT / "miniq").rglob("*.py")
-        if path.name != "conf.py"
+        path.read_text(encoding="utf-8") for path in (ROOT / "miniq").rglob("*.py") if path.name != "conf.py"
     )
     source += (ROOT / "miniq" / "conf.py").read_text(encoding="utf-8").partition("class Settings:")[2]
     fields = re.compile(r"^    \w+: .*$", re.MULTILINE)  # the annotations of `Settings` read nothing
@@ -207,10 +205,8 @@ def test_page_names_no_flag_that_does_not_exist(path: Path) -> None:
 
 @each_page
 def test_command_lines_on_page_are_understood(path: Path) -> None:
-    lines = re.findall(
-        r"^ {4,}(?:ExecStart=\S*)?python3? -m [\w.]*miniq (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    for line in lines:
+    command = re.compile(r"^ {4,}(?:ExecStart=\S*)?python3? -m [\w.]*miniq (.*)$", re.MULTILINE)
+    for line in command.findall(path.read_text(encoding="utf-8")):
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):

@@ -22,6 +22,10 @@ from miniq.exceptions import (
 )
 
 
+def nope() -> Any:
+    raise KeyError("nope")
+
+
 @pytest.fixture
 def app() -> MiniQ:
     return MiniQ("tests", broker=new_broker())
@@ -37,7 +41,7 @@ def nothing_was_sent(app: MiniQ) -> bool:
     return all(size.ready == size.waiting == 0 for size in app.producer.transport.sizes())
 
 
-# -- apply ----------------------------------------------------------------------------------------
+# -- apply -----------------------------------------------------------------------------------------
 
 
 def test_apply_runs_the_task_here(app: MiniQ) -> None:
@@ -77,7 +81,7 @@ def test_a_failure_is_raised_by_get_with_its_own_traceback(app: MiniQ) -> None:
 
 
 def test_throw_raises_at_once(app: MiniQ) -> None:
-    boom = app.task(name="t")(lambda: {}["nope"])
+    boom = app.task(name="t")(lambda: nope())
     with pytest.raises(KeyError):
         boom.apply(throw=True)
     app.conf.task_eager_propagates = True
@@ -140,14 +144,19 @@ def test_links_run_too(app: MiniQ) -> None:
 
 def test_chains_given_as_an_option_run_too(app: MiniQ) -> None:
     seen: List[Any] = []
-    add = app.task(name="add")(lambda x, y: seen.append((x, y)) or x + y)
+
+    @app.task(name="add")
+    def add(x: int, y: int) -> int:
+        seen.append((x, y))
+        return x + y
+
     add.apply((1, 2), chain=[add.s(100), add.s(10)])
     assert seen == [(1, 2), (3, 10), (13, 100)]
 
 
 def test_errbacks_run_when_the_task_fails(app: MiniQ) -> None:
     seen: List[Any] = []
-    boom = app.task(name="t")(lambda: {}["nope"])
+    boom = app.task(name="t")(lambda: nope())
     by_id = app.task(name="by_id")(lambda task_id: seen.append(task_id))
     inline = app.task(name="inline")(lambda request, exc, traceback: seen.append(repr(exc)))
     boom.apply(task_id="one", link_error=[by_id.s(), inline.s()], link=by_id.s())
@@ -155,7 +164,7 @@ def test_errbacks_run_when_the_task_fails(app: MiniQ) -> None:
 
 
 def test_a_callback_that_fails_is_heard_of_where_errors_propagate(app: MiniQ) -> None:
-    boom = app.task(name="boom")(lambda x: {}["nope"])
+    boom = app.task(name="boom")(lambda x: nope())
     ok = app.task(name="ok")(lambda: 1)
     assert ok.apply(link=boom.s()).state == "SUCCESS"
     with pytest.raises(KeyError):
@@ -187,7 +196,14 @@ def test_handlers_and_signals_are_those_of_a_worker(app: MiniQ) -> None:
     finally:
         for signal in (signals.task_prerun, signals.task_success, signals.task_postrun):
             signal.disconnect(receiver)
-    assert calls == ["task_prerun", "before_start", "on_success", "task_success", "after_return", "task_postrun"]
+    assert calls == [
+        "task_prerun",
+        "before_start",
+        "on_success",
+        "task_success",
+        "after_return",
+        "task_postrun",
+    ]
 
 
 def test_ignore_ends_without_a_value(app: MiniQ) -> None:
@@ -205,10 +221,11 @@ def test_options_reach_the_request(app: MiniQ) -> None:
         request = self.request
         return (
             request.headers, request.tenant, request.timelimit, request.delivery_info["priority"],
-            request.delivery_info["routing_key"], request.shadow, request.loglevel, request.group, request.retries,
+            request.delivery_info["routing_key"], request.shadow, request.loglevel, request.group,
+            request.retries,
         )  # fmt: skip
 
-    options = {"time_limit": 5, "priority": 3, "routing_key": "k", "shadow": "s", "group_id": "g"}
+    options: Any = {"time_limit": 5, "priority": 3, "routing_key": "k", "shadow": "s", "group_id": "g"}
     assert look.apply(headers={"tenant": "acme"}, retries=1, loglevel=20, **options).get() == (
         {"tenant": "acme"}, "acme", [5, None], 3, "k", "s", 20, "g", 1,
     )  # fmt: skip
@@ -285,7 +302,7 @@ def test_arguments_go_through_the_serializer(eager: MiniQ) -> None:
 
 def test_arguments_are_checked(eager: MiniQ) -> None:
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
-        eager.task(name="t")(lambda x: x).delay()
+        eager.task(name="t")(lambda x: x).delay()  # type: ignore[call-overload]
     with pytest.raises(UnknownOption):
         eager.task(name="u")(lambda x: x).apply_async((1,), quueue="x")
 
@@ -298,7 +315,7 @@ def test_times_and_queues_do_not_matter(eager: MiniQ) -> None:
 @pytest.mark.parametrize("propagates", [False, True])
 def test_errors_propagate_when_told_so(eager: MiniQ, propagates: bool) -> None:
     eager.conf.task_eager_propagates = propagates
-    boom = eager.task(name="t")(lambda: {}["nope"])
+    boom = eager.task(name="t")(lambda: nope())
     if propagates:
         with pytest.raises(KeyError):
             boom.delay()

@@ -26,6 +26,10 @@ from miniq.task import Context
 from miniq.testing import start_worker
 
 
+def nope() -> Any:
+    raise KeyError("nope")
+
+
 @pytest.fixture(params=["memory", "sqlite"])
 def app(request: Any, sqlite_url: str) -> Iterator[MiniQ]:
     made = MiniQ("tests", broker=new_broker() if request.param == "memory" else sqlite_url)
@@ -56,20 +60,30 @@ def test_an_unknown_id_is_pending_and_does_not_exist(app: MiniQ) -> None:
     result = app.AsyncResult("nobody")
     assert (result.state, result.status, result.result, result.info) == ("PENDING", "PENDING", None, None)
     assert (result.traceback, result.children, result.date_done, result.name) == (None, [], None, None)
-    assert (result.ready(), result.successful(), result.failed(), result.exists()) == (False, False, False, False)
+    assert (result.ready(), result.successful(), result.failed(), result.exists()) == (
+        False,
+        False,
+        False,
+        False,
+    )
 
 
 def test_a_value(app: MiniQ) -> None:
     result = ran(app, app.task(name="t")(lambda: {"a": [1, None]}))
     assert result.get(timeout=1) == result.result == {"a": [1, None]}
-    assert (result.ready(), result.successful(), result.failed(), result.exists()) == (True, True, False, True)
+    assert (result.ready(), result.successful(), result.failed(), result.exists()) == (
+        True,
+        True,
+        False,
+        True,
+    )
     assert isinstance(result.date_done, datetime.datetime)
     age = datetime.datetime.now(datetime.timezone.utc) - result.date_done
     assert datetime.timedelta() <= age < datetime.timedelta(minutes=5)
 
 
 def test_a_failure_is_raised_with_the_workers_traceback_as_cause(app: MiniQ) -> None:
-    result = ran(app, app.task(name="t")(lambda: {}["nope"]))
+    result = ran(app, app.task(name="t")(lambda: nope()))
     assert (result.state, repr(result.result)) == ("FAILURE", "KeyError('nope')")
     assert result.traceback and "test_result.py" in result.traceback
     with pytest.raises(KeyError) as caught:
@@ -127,7 +141,7 @@ def test_a_result_that_is_none_is_an_error_which_says_whose(app: MiniQ) -> None:
         _ = app.AsyncResult("two").state
 
 
-# -- waiting ------------------------------------------------------------------------------------------
+# -- waiting ---------------------------------------------------------------------------------------
 
 
 def test_get_waits_until_it_is_there(app: MiniQ) -> None:
@@ -145,7 +159,10 @@ def test_get_waits_until_it_is_there(app: MiniQ) -> None:
     seen: List[Any] = []
     try:
         found = result.get(
-            timeout=10, interval=0.01, on_interval=go_on.set, on_message=lambda meta: seen.append(meta["status"])
+            timeout=10,
+            interval=0.01,
+            on_interval=go_on.set,
+            on_message=lambda meta: seen.append(meta["status"]),
         )
     finally:
         thread.join()
@@ -182,7 +199,12 @@ def test_without_a_backend_everything_that_needs_one_says_so() -> None:
 
 
 def test_parents_errors_are_raised_first(app: MiniQ) -> None:
-    store(app, "above", states.FAILURE, {"exc_type": "ValueError", "exc_message": ["up"], "exc_module": "builtins"})
+    store(
+        app,
+        "above",
+        states.FAILURE,
+        {"exc_type": "ValueError", "exc_message": ["up"], "exc_module": "builtins"},
+    )
     parent = app.AsyncResult("above")
     result = app.AsyncResult("one", parent=parent)
     with pytest.raises(ValueError, match="up"):
@@ -195,7 +217,7 @@ def test_a_raised_error_does_not_keep_the_callers_frames(app: MiniQ) -> None:
     class Big:
         pass
 
-    result = ran(app, app.task(name="t")(lambda: {}["nope"]))
+    result = ran(app, app.task(name="t")(lambda: nope()))
 
     def wait() -> Any:
         big = Big()
@@ -228,7 +250,7 @@ def test_then_calls_when_it_is_known(app: MiniQ) -> None:
     assert seen[2:] == ["late"]
 
 
-# -- inside tasks -----------------------------------------------------------------------------------------
+# -- inside tasks ----------------------------------------------------------------------------------
 
 
 def test_waiting_inside_a_task_is_refused_unless_allowed(app: MiniQ) -> None:
@@ -258,7 +280,7 @@ def test_waiting_inside_a_task_is_refused_unless_allowed(app: MiniQ) -> None:
     assert wait("refused") == 5
 
 
-# -- relatives --------------------------------------------------------------------------------------------
+# -- relatives -------------------------------------------------------------------------------------
 
 
 def test_children_can_be_followed(app: MiniQ) -> None:
@@ -302,7 +324,7 @@ def test_forget_removes_it_and_its_parents(app: MiniQ) -> None:
     assert (result.state, app.AsyncResult("a").exists()) == ("PENDING", False)
 
 
-# -- identity -----------------------------------------------------------------------------------------------
+# -- identity --------------------------------------------------------------------------------------
 
 
 def test_results_are_compared_by_id(app: MiniQ) -> None:
@@ -332,10 +354,10 @@ def test_revoke_takes_what_it_can_do(app: MiniQ) -> None:
     result.revoke(terminate=True, signal="SIGKILL")
     assert result.state == "REVOKED"
     with pytest.raises(AttributeError, match="Celery has it"):
-        _ = result.build_graph
+        _ = result.build_graph  # type: ignore[attr-defined]
 
 
-# -- with a worker ---------------------------------------------------------------------------------------------
+# -- with a worker ---------------------------------------------------------------------------------
 
 
 def test_many_threads_wait_for_one_worker(app: MiniQ) -> None:

@@ -131,4 +131,4 @@ def test_an_app_task_can_be_shared_on_demand() -> None:
 
 def test_positional_options_are_a_type_error() -> None:
     with pytest.raises(TypeError, match="keywords only"):
-        shared_task("name")
+        shared_task("name")  # type: ignore[call-overload]

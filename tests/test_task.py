@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import inspect
 import pickle
 import pickletools
 import sys
@@ -41,7 +42,7 @@ def module() -> Iterator[types.ModuleType]:
     del sys.modules[made.__name__]
 
 
-# -- names and the registry ----------------------------------------------------------------------
+# -- names and the registry ------------------------------------------------------------------------
 
 
 def test_a_decorated_function_is_a_registered_task_and_still_a_function(app: MiniQ) -> None:
@@ -97,7 +98,9 @@ def test_a_task_can_be_unregistered_by_name_or_object(app: MiniQ) -> None:
 
 def test_another_function_under_a_name_that_is_taken_warns(app: MiniQ) -> None:
     app.task(name="same")(sorted)
-    with pytest.warns(DuplicateTaskNameWarning, match=r"'same': builtins.len takes the place of builtins.sorted"):
+    with pytest.warns(
+        DuplicateTaskNameWarning, match=r"'same': builtins.len takes the place of builtins.sorted"
+    ):
         app.task(name="same")(len)
 
 
@@ -127,12 +130,12 @@ def test_a_module_that_is_read_again_replaces_its_tasks_silently(app: MiniQ) -> 
     assert app.tasks["notebook.add"]() == 2
 
 
-# -- what can be a task ---------------------------------------------------------------------------
+# -- what can be a task ----------------------------------------------------------------------------
 
 
 def test_the_name_as_a_positional_argument_is_a_type_error(app: MiniQ) -> None:
     with pytest.raises(TypeError, match="name='...'"):
-        app.task("proj.add")
+        app.task("proj.add")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("wrong", [None, 5, "text"])
@@ -172,7 +175,7 @@ def test_a_bound_method_can_be_a_task(app: MiniQ) -> None:
     assert greet("you") == "hello you"
     greet.delay("you")
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'name'"):
-        greet.delay()
+        greet.delay()  # type: ignore[call-arg]
 
 
 def test_a_builtin_without_a_signature_is_not_checked(app: MiniQ) -> None:
@@ -180,7 +183,7 @@ def test_a_builtin_without_a_signature_is_not_checked(app: MiniQ) -> None:
     assert Bench(app).call(largest, 1, 2).state == "SUCCESS"
 
 
-# -- options -----------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
 def test_every_keyword_becomes_an_attribute(app: MiniQ) -> None:
@@ -237,17 +240,23 @@ def test_exception_classes_may_be_given_alone_or_in_a_list(app: MiniQ) -> None:
 
 
 def test_filter_gets_the_task_and_its_answer_is_what_the_decorator_returns(app: MiniQ) -> None:
-    assert app.task(filter=lambda task: [task], name="x")(len) == [app.tasks["x"]]
+    found: Any = app.task(filter=lambda task: [task], name="x")(len)
+    assert found == [app.tasks["x"]]
 
 
 def test_defaults_are_celerys(app: MiniQ) -> None:
     task = app.task(len)
     assert (task.max_retries, task.default_retry_delay, task.retry_backoff_max) == (3, 180, 600)
-    assert (task.retry_backoff, task.retry_jitter, task.trail, task.resultrepr_maxsize) == (False, True, True, 1024)
+    assert (task.retry_backoff, task.retry_jitter, task.trail, task.resultrepr_maxsize) == (
+        False,
+        True,
+        True,
+        1024,
+    )
     assert (task.acks_late, task.ignore_result, task.rate_limit, task.serializer) == (None, None, None, None)
 
 
-# -- classes -------------------------------------------------------------------------------------------
+# -- classes ---------------------------------------------------------------------------------------
 
 
 def test_bind_gives_the_task_as_first_argument(app: MiniQ) -> None:
@@ -303,6 +312,7 @@ def test_a_class_based_task_is_registered_as_instance_or_class(app: MiniQ) -> No
     assert Bench(app).call(add, 2, 3).state == "SUCCESS"
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'y'"):
         add.delay(1)
+    assert inspect.unwrap(add) is add
 
 
 def test_a_class_that_was_not_registered_says_so_when_it_is_called() -> None:
@@ -366,7 +376,7 @@ def test_a_backend_in_a_class_is_the_tasks_own_store(app: MiniQ) -> None:
     assert not app.AsyncResult("x").exists()
 
 
-# -- arguments are checked before anything is sent ------------------------------------------------------
+# -- arguments are checked before anything is sent -------------------------------------------------
 
 
 def plain(x: int, y: int) -> None: ...
@@ -421,7 +431,7 @@ def test_the_task_itself_is_left_out_of_the_check_when_bound(app: MiniQ) -> None
 
     bound.delay(1)
     with pytest.raises(TypeError, match=r"bound\(\) missing 1 required positional argument: 'x'"):
-        bound.delay()
+        bound.delay()  # type: ignore[call-arg]
 
 
 def test_async_functions_are_checked_too(app: MiniQ) -> None:
@@ -429,18 +439,18 @@ def test_async_functions_are_checked_too(app: MiniQ) -> None:
     async def wait(x: int) -> None: ...
 
     with pytest.raises(TypeError, match=r"wait\(\) missing"):
-        wait.delay()
+        wait.delay()  # type: ignore[call-overload]
 
 
 def test_typing_off_leaves_the_check_to_the_worker(app: MiniQ) -> None:
     task = app.task(name="unchecked", typing=False)(plain)
-    task.delay()
+    task.delay()  # type: ignore[call-arg]
     outcome = Bench(app).call(task)
     assert outcome.state == "FAILURE"
     lax = MiniQ("lax", broker="memory://task", strict_typing=False)
-    lax.task(plain).delay()
+    lax.task(plain).delay()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        lax.task(name="checked", typing=True)(plain).delay()
+        lax.task(name="checked", typing=True)(plain).delay()  # type: ignore[call-arg]
 
 
 def test_text_as_args_is_refused(app: MiniQ) -> None:
@@ -448,7 +458,7 @@ def test_text_as_args_is_refused(app: MiniQ) -> None:
         app.task(len).apply_async("hello")
 
 
-# -- annotations -----------------------------------------------------------------------------------------
+# -- annotations -----------------------------------------------------------------------------------
 
 
 def test_annotations_change_tasks_defined_before_and_after(app: MiniQ) -> None:
@@ -500,7 +510,7 @@ def test_other_settings_leave_what_was_set_by_hand(app: MiniQ) -> None:
     assert task.max_retries == 2
 
 
-# -- inline calls ----------------------------------------------------------------------------------------
+# -- inline calls ----------------------------------------------------------------------------------
 
 
 def test_a_direct_call_has_a_request_of_its_own(app: MiniQ) -> None:
@@ -557,12 +567,12 @@ def test_each_asyncio_task_sees_its_own_request(app: MiniQ) -> None:
         return await asyncio.gather(*(bench.runner.run_async(run_of(one)) for one in runs))
 
     outcomes = asyncio.run(main())
-    assert [b'"result": "%d"' % number in outcome.results[0].body for number, outcome in enumerate(outcomes)] == [
-        True
-    ] * 5
+    assert [
+        b'"result": "%d"' % number in outcome.results[0].body for number, outcome in enumerate(outcomes)
+    ] == [True] * 5
 
 
-# -- retry outside of a worker ------------------------------------------------------------------------------
+# -- retry outside of a worker ---------------------------------------------------------------------
 
 
 def test_retry_called_directly_raises_the_error_itself(app: MiniQ) -> None:
@@ -576,13 +586,14 @@ def test_retry_called_directly_raises_the_error_itself(app: MiniQ) -> None:
         again(False)
 
 
-# -- signatures, pickling, copies ---------------------------------------------------------------------------
+# -- signatures, pickling, copies ------------------------------------------------------------------
 
 
 def test_shortcuts_make_signatures(app: MiniQ) -> None:
     task = app.task(name="t")(len)
     assert dict(task.s(1, a=2)) == {
-        "task": "t", "args": (1,), "kwargs": {"a": 2}, "options": {}, "subtask_type": None, "immutable": False,
+        "task": "t", "args": (1,), "kwargs": {"a": 2}, "options": {},
+        "subtask_type": None, "immutable": False,
     }  # fmt: skip
     assert task.si(1).immutable is True
     assert task.signature((1,), countdown=3).options == {"countdown": 3}
@@ -635,7 +646,7 @@ def test_what_is_not_built_says_so(app: MiniQ, name: str) -> None:
 
 def test_an_attribute_that_nobody_has_is_a_plain_error(app: MiniQ) -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'$"):
-        _ = app.task(len).nonsense
+        _ = app.task(len).nonsense  # type: ignore[attr-defined]
 
 
 def test_update_state_needs_a_state_and_an_id(app: MiniQ) -> None:

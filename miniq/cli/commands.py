@@ -36,24 +36,44 @@ def add_parsers(subparsers: Any) -> None:
         "--wait", type=float, metavar="SECONDS", help="wait for the result and print it as JSON"
     )
 
-    result = subparsers.add_parser("result", help="print the result of a task")
+    result = subparsers.add_parser(
+        "result",
+        help="print the result of a task",
+        epilog="example:\n  python -m miniq -A proj result 5f1c... --traceback",
+    )
     result.set_defaults(run=run_result)
     result.add_argument("id", help="id of the task")
     result.add_argument("-t", "--task", help="name of the task (for its own backend)")
     result.add_argument("--traceback", action="store_true", help="print the traceback of a failure")
     result.add_argument("--json", action="store_true", help="print state and result as JSON")
 
-    purge = subparsers.add_parser("purge", help="delete all waiting messages")
+    purge = subparsers.add_parser(
+        "purge",
+        help="delete all waiting messages",
+        epilog="example:\n  python -m miniq -A proj purge -Q mail,reports",
+    )
     purge.set_defaults(run=run_purge)
     purge.add_argument("-f", "--force", action="store_true", help="do not ask")
     purge.add_argument("-Q", "--queues", help="these queues only (comma-separated)")
     purge.add_argument("-X", "--exclude-queues", help="not these queues")
 
-    queues = subparsers.add_parser("queues", help="show how many messages are where")
+    queues = subparsers.add_parser(
+        "queues",
+        help="show how many messages are where",
+        epilog="example:\n  python -m miniq -A proj queues --json",
+    )
     queues.set_defaults(run=run_queues)
     queues.add_argument("--json", action="store_true", help="print as JSON")
 
-    dead = subparsers.add_parser("dead", help="messages that were set aside: list, show, replay, drop")
+    dead = subparsers.add_parser(
+        "dead",
+        help="messages that were set aside: list, show, replay, drop",
+        epilog="examples:\n"
+        "  python -m miniq -A proj dead list\n"
+        "  python -m miniq -A proj dead show 7\n"
+        "  python -m miniq -A proj dead replay 7 8\n"
+        "  python -m miniq -A proj dead drop all",
+    )
     dead.set_defaults(run=run_dead)
     dead.add_argument("action", choices=("list", "show", "replay", "drop"))
     dead.add_argument("id", nargs="*", help="which (replay and drop take 'all')")

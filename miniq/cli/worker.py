@@ -160,6 +160,12 @@ def run(app: Any, options: argparse.Namespace) -> int:
         worker.on_stuck = leave_now
         stderr = sys.stderr  # the banner is for people, also where the log goes to a file
         setup = worker.set_up_logging()
+        if options.logfile and not setup.configured:
+            print(
+                f"Warning: the app has set up logging itself, --logfile={options.logfile} has no effect"
+                " (worker_hijack_root_logger)",
+                file=stderr,
+            )
         try:
             with signals_to(worker, leave_now):
                 if not options.quiet:

@@ -81,7 +81,8 @@ class _Child:
     __slots__ = (
         "name", "process", "pid", "sock", "fd", "lifeline", "frames", "unsent", "began_mono", "ready_mono",
         "job", "again", "jobs", "retiring", "leave_by", "base_rss_kib", "soft_timer", "hard_timer",
-        "accepted", "unread", "ahead", "permits", "permits_back", "last_permit", "link_lost", "killed_mono", "reason", "failed", "peak_kib",
+        "accepted", "unread", "ahead", "permits", "permits_back", "last_permit", "link_lost", "killed_mono",
+        "reason", "failed", "peak_kib",
     )  # fmt: skip
 
     def __init__(
@@ -232,17 +233,16 @@ class PreforkPool(Pool):
 
     def submit_ahead(self, job: Job) -> None:
         """Send `job` to the busy child with the fewest jobs before it, or back where none can take it."""
-        frame_of = (tuple(job.run), None, False)
         best: Optional[_Child] = None
         for child in self._busy:
-            if child.unsent is None and not child.retiring and child.link_lost is None:
-                if len(child.ahead) < (AHEAD if best is None else len(best.ahead)):
-                    best = child
+            takes = child.unsent is None and not child.retiring and child.link_lost is None
+            if takes and len(child.ahead) < (AHEAD if best is None else len(best.ahead)):
+                best = child
         if best is None or len(job.run.body) > AHEAD_BYTES:
             self._hand_back(job)
             return
         permit = best.last_permit = (best.last_permit + 1) % 256
-        frame = pack((*frame_of, permit, job.token))
+        frame = pack((tuple(job.run), None, False, permit, job.token))
         try:
             best.permits.send(bytes((permit,)))
         except OSError:
@@ -265,7 +265,7 @@ class PreforkPool(Pool):
         if isinstance(child, _Child) and job in child.ahead:
             self._recall(child)
             if job in child.ahead:  # it has begun, only the end of the one before was not read yet
-                self._kill(child, None)
+                self._kill(child, error)
             return True
         if job in self._unstarted:
             self._unstarted.remove(job)
@@ -287,8 +287,8 @@ class PreforkPool(Pool):
             self._retire(child)
 
     def pids(self) -> List[int]:
-        """Return the process ids of live children."""
-        return sorted(child.pid for child in self._children if child.link_lost is None)
+        """Return the process ids of children whose end was not collected yet; leave that to the pool."""
+        return sorted(child.pid for child in self._children)
 
     def info(self) -> Dict[str, Any]:
         """Return what `inspect stats` shows under ``pool``, in Celery's words."""
@@ -333,7 +333,8 @@ class PreforkPool(Pool):
     # -- jobs ---------------------------------------------------------------------------------
 
     def _give(self, job: Job, again: bool = False) -> None:
-        frame = pack((tuple(job.run), job.soft_limit_s, job.wants_start, None, job.token))  # may raise: nothing changed yet
+        # May raise: nothing has changed yet.
+        frame = pack((tuple(job.run), job.soft_limit_s, job.wants_start, None, job.token))
         child = self._idle.pop()
         self._busy.add(child)
         child.job = job
@@ -726,7 +727,8 @@ class PreforkPool(Pool):
             self._count_quick_death()
         else:
             self._fill()
-        if job is not None and not self._has_begun(child, job) and child.reason is None and not child.again and not self._stopping:
+        may_go_elsewhere = child.reason is None and not child.again and not self._stopping
+        if job is not None and may_go_elsewhere and not self._has_begun(child, job):
             logger.warning("the job of pid:%d had not begun and is given to another process", child.pid)
             self._unstarted.append(job)
             if self._idle:

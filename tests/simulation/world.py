@@ -91,6 +91,8 @@ class World:
         self.commits = 0
         self._pending: List[Tuple[Callable[..., Any], Tuple[Any, ...]]] = []
         self._numbers = 0
+        #: Which messages the last commit marked as started.
+        self.just_marked: List[Copy] = []
         #: All messages by number; those that were really published by task id.
         self.copies: Dict[int, Copy] = {}
         self.by_id: Dict[str, List[Copy]] = {}
@@ -163,6 +165,7 @@ class World:
     def commit(self) -> None:
         """Make what was recorded true."""
         self.commits += 1
+        self.just_marked = []
         pending, self._pending = self._pending, []
         for call, args in pending:
             call(*args)
@@ -181,6 +184,7 @@ class World:
 
     def marked(self, who: str, copy: Copy) -> None:
         copy.marks += 1
+        self.just_marked.append(copy)
         copy.starts += 1
         self.note(who, "marked #%s as started, start %d", copy.number, copy.starts)
         limit = self.delivery_limit * (1 + copy.doubles)
@@ -298,7 +302,12 @@ class Transaction:
             world.rollback()
         elif world.depth == 0:
             world.commit()
-            world.strike(self.who, "after the commit", *self.kinds_after)
+            try:
+                world.strike(self.who, "after the commit", *self.kinds_after)
+            except OperationalError:
+                for copy in world.just_marked:
+                    world.lost(self.who, copy, "its worker does not know that it started")
+                raise
 
 
 class LogKeeper(logging.Handler):
