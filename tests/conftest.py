@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import textwrap
 import threading
 from pathlib import Path
@@ -18,6 +20,8 @@ from miniq import MiniQ, _state
 KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
+#: Seconds for a test, generously: one that hangs fails then, and the run goes on.
+HARD_LIMIT_S = 150.0
 #: Lines for the end of the run: what was measured and is not asserted.
 TOLD = pytest.StashKey[List[str]]()
 
@@ -32,6 +36,36 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Print what tests had to tell."""
     for line in config.stash.get(TOLD, []):
         terminalreporter.write_line(line)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have a test that hangs show the stacks of all threads, then fail.
+
+    By a signal, not by a watchdog thread: with one, pools would not fork.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, _give_up)
+        # Standard error as it is now, not as it will be captured.
+        stderr = os.dup(2)
+        config.add_cleanup(lambda: os.close(stderr))
+        faulthandler.register(signal.SIGALRM, file=stderr, all_threads=True, chain=True)
+        config.add_cleanup(lambda: faulthandler.unregister(signal.SIGALRM))
+
+
+def _give_up(number: int, frame: Any) -> None:
+    pytest.fail(f"over after {HARD_LIMIT_S:g} s: what it was waiting for is at the bottom of the traceback")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Set the alarm for a test."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, HARD_LIMIT_S)
+    try:
+        yield
+    finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,6 +20,7 @@ from ..exceptions import MiniqError
 from ..text import import_module, import_object, is_missing, mask_urls, nearest
 from . import commands, worker
 
+PROGRAM = "python -m " + (__package__ or "miniq.cli").rpartition(".")[0]
 EPILOG = """\
 examples:
   python -m miniq -A proj worker -l INFO -c 4      run a worker with 4 processes
@@ -38,6 +39,8 @@ class Parser(argparse.ArgumentParser):
     """argparse that names the nearest option or command to a mistyped one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A copy under another package name calls itself by that one.
+        kwargs["epilog"] = (kwargs.get("epilog") or "").replace("python -m miniq", PROGRAM) or None
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
@@ -75,8 +78,7 @@ GLOBAL_OPTIONS = frozenset(
 
 def build_parser() -> Parser:
     """Return the parser of the whole command line."""
-    prog = "python -m " + (__package__ or "miniq.cli").rpartition(".")[0]
-    parser = Parser(prog=prog, description="miniq: a task queue.", epilog=EPILOG)
+    parser = Parser(prog=PROGRAM, description="miniq: a task queue.", epilog=EPILOG)
     parser.add_argument("-A", "--app", help="where the app is: module:attribute, or a module or package")
     parser.add_argument("-b", "--broker", help="URL of the broker (over the app's setting)")
     parser.add_argument("--result-backend", help="URL of the result backend (over the app's setting)")
@@ -93,12 +95,21 @@ def build_parser() -> Parser:
 
 def main(argv: Optional[Sequence[str]] = None, app: Optional[MiniQ] = None) -> int:
     """Run the command line; return the exit code.  `app` stands in for ``-A``."""
+    try:
+        code = _run(argv, app)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: Optional[Sequence[str]], app: Optional[MiniQ]) -> int:
     parser = build_parser()
     try:
         options = parser.parse_args(argv)
-    except SystemExit as leaving:
-        if app is None:
-            raise
+    except SystemExit as leaving:  # --help, --version, or a wrong command line
         return int(leaving.code or 0)
     if options.command is None:
         parser.print_help()
@@ -119,13 +130,11 @@ def main(argv: Optional[Sequence[str]] = None, app: Optional[MiniQ] = None) -> i
             configure(app, options)
             code: int = options.run(app, options)
             return code
-        except BrokenPipeError:
-            # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         except MiniqError as error:
             return fail(error)
         except (ImportError, AttributeError) as error:
+            if is_missing(error):
+                return fail(f"there is no module {getattr(error, 'name', None)!r}, which is to be imported")
             if not _is_of_import_by_name(error):
                 raise  # the user's own code failed: the traceback tells where
             return fail(error)
@@ -178,8 +187,8 @@ def configure(app: MiniQ, options: argparse.Namespace) -> None:
 def load_app(name: Optional[str], needed: bool) -> MiniQ:
     """Return the app that ``-A`` names.
 
-    ``module:attribute`` is taken as it is.  For a name alone: its attribute ``app``, else ``celery``,
-    else the same in its submodule ``celery``, else any app in it.
+    ``module:attribute`` is taken as it is.  For a module: its attribute ``app``, else ``celery``,
+    else (for a package) what its submodule ``celery`` has, else any app in it.
     """
     if not name:
         if needed:
@@ -189,35 +198,27 @@ def load_app(name: Optional[str], needed: bool) -> MiniQ:
         return MiniQ("default")
     if ":" in name:
         found = import_object(name)
-        app = _app_in(found) if isinstance(found, ModuleType) else found
-        if not isinstance(app, MiniQ):
-            raise MiniqError(f"-A {name}: this is {type(found).__name__}, not an app (MiniQ)")
-        return app
-    try:
-        module = import_module(name)
-    except ModuleNotFoundError as error:
-        if not is_missing(error):
-            raise
-        if "." in name:
-            found = import_object(name)
-            if isinstance(found, MiniQ):
-                return found
-        raise MiniqError(
-            f"-A {name}: there is no module {error.name!r} (looked in {os.getcwd()} and the Python path)"
-        ) from None
-    in_module = _app_in(module)
-    if in_module is None and hasattr(module, "__path__"):
+    else:
         try:
-            in_module = _app_in(import_module(f"{name}.celery"))
+            found = import_module(name)
         except ModuleNotFoundError as error:
             if not is_missing(error):
                 raise
-    if in_module is None:
+            if "." not in name:
+                raise MiniqError(
+                    f"-A {name}: there is no module {error.name!r}"
+                    f" (looked in {os.getcwd()} and the Python path)"
+                ) from None
+            found = import_object(name)
+    app = _app_in(found) if isinstance(found, ModuleType) else found
+    if app is None:
         raise MiniqError(
             f"-A {name}: the module has no app; make one with `app = MiniQ(...)` in it,"
             f" or say where it is: -A {name}:NAME"
         )
-    return in_module
+    if not isinstance(app, MiniQ):
+        raise MiniqError(f"-A {name}: this is {type(app).__name__}, not an app (MiniQ)")
+    return app
 
 
 def _app_in(module: ModuleType) -> Optional[MiniQ]:
@@ -225,6 +226,15 @@ def _app_in(module: ModuleType) -> Optional[MiniQ]:
         found = getattr(module, attribute, None)
         if isinstance(found, MiniQ):
             return found
+    if hasattr(module, "__path__"):
+        try:
+            found = _app_in(import_module(f"{module.__name__}.celery"))
+        except ModuleNotFoundError as error:
+            if not is_missing(error):
+                raise
+        else:
+            if found is not None:
+                return found
     for found in vars(module).values():
         if isinstance(found, MiniQ):
             return found

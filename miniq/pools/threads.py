@@ -79,9 +79,10 @@ class ThreadGuard:
             self._armed = False
         if self._sent is not None:
             self._sent = None
+            # CPython raises at a jump back: it arrives here at the latest.  Taking it back by hand is no
+            # way out: in 3.11 that leaves the interpreter looping as soon as a profiler is set.
             for _ in range(10):
-                pass  # CPython raises at a jump back: it arrives here at the latest ...
-            _set_async_exception(self._ident, None)  # ... and is not left over should that change
+                pass
 
     def _complete(self, error: BaseException) -> BaseException:
         """Give the limit to an error that was raised as a bare class."""
@@ -93,13 +94,11 @@ class ThreadGuard:
         _set_async_exception(self._ident, exception)
 
 
-def _set_async_exception(ident: int, exception: Optional[Type[BaseException]]) -> None:
-    """Have CPython raise `exception` in a thread at its next opportunity; None takes it back."""
+def _set_async_exception(ident: int, exception: Type[BaseException]) -> None:
+    """Have CPython raise `exception` in a thread at its next opportunity."""
     import ctypes  # heavy, and needed by few tasks only
 
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(ident), None if exception is None else ctypes.py_object(exception)
-    )
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(exception))
 
 
 class _Slot:

@@ -108,7 +108,7 @@ class TaskConsumer:
         self._due: Optional[Timer] = None
         self._pause_s = 0.0
         self._trouble_since: Optional[float] = None
-        self._trouble_told = False
+        self._trouble_told = ""  # who it was said of
         self._backend_away_since: Optional[float] = None
 
     # -- life
@@ -348,15 +348,12 @@ class TaskConsumer:
         mono = self.loop.mono()
         if self._trouble_since is None:
             self._trouble_since = mono
-        if not self._trouble_told and (
-            mono - self._trouble_since >= TOLD_AFTER_S or not isinstance(error, OperationalError)
-        ):
-            self._trouble_told = True
-            foreseen = isinstance(error, (OperationalError, BackendError))
+        foreseen = isinstance(error, (OperationalError, BackendError))
+        if not self._trouble_told and (mono - self._trouble_since >= TOLD_AFTER_S or not foreseen):
+            self._trouble_told = "Result backend" if isinstance(error, BackendError) else "Broker"
             logger.error(
                 "%s: %s; this worker keeps its %d outcomes and tries again.",
-                "Result backend" if isinstance(error, BackendError) else "Broker", error, len(self._finished),
-                exc_info=None if foreseen else error,
+                self._trouble_told, error, len(self._finished), exc_info=None if foreseen else error,
             )  # fmt: skip
         self._pause_s = min(max(FIRST_PAUSE_S, self._pause_s * 2), LONGEST_PAUSE_S)
         self.schedule()
@@ -376,8 +373,9 @@ class TaskConsumer:
             self._backend_away_since = None
         if self._trouble_since is not None:
             if self._trouble_told:
-                logger.warning("Broker reached again after %.1f s.", self.loop.mono() - self._trouble_since)
-            self._trouble_since, self._trouble_told = None, False
+                away_s = self.loop.mono() - self._trouble_since
+                logger.warning("%s reached again after %.1f s.", self._trouble_told, away_s)
+            self._trouble_since, self._trouble_told = None, ""
 
     def _drop(self, gone: List[Request]) -> None:
         """Drop outcomes of messages that another worker has taken over; keep the rest."""

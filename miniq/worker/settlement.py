@@ -33,6 +33,9 @@ from .request import Request
 
 logger = get_logger(__name__)
 
+#: How this copy's command line is called.
+PROGRAM = "python -m " + (__package__ or "miniq.worker").rpartition(".")[0]
+
 Call = Callable[[], Any]
 
 
@@ -149,35 +152,41 @@ class Settler:
         if isinstance(error, TimeLimitExceeded):
             logger.error("Hard time limit (%ss) exceeded for %s", request.time_limit, request)
             request.tell("on_timeout", False, request.time_limit)
-            if late and not policy.acks_on_timeout:
-                return Finished(request, [], [], partial(consumer.reject, delivery, True))
+            may_run_again = not policy.acks_on_timeout
         elif late and self.cutting_off:
             self.counts["requeued"] += 1
             logger.warning("Task %s was cut off by the shutdown and goes back to its queue", request)
             return Finished(request, [], [], partial(_release, consumer, delivery))
         elif policy.retry_on_worker_lost:
             return self._retried(request, error)
-        elif late and policy.reject_on_worker_lost:
-            starts = delivery.deliveries + 1
-            if not self.delivery_limit or starts < self.delivery_limit:
-                self.counts["requeued"] += 1
-                pause_s = pause_after_loss_s(starts, 0.0)
-                when = f"in {pause_s:g} s" if pause_s else "at once"
-                logger.error(
-                    "Task %s: %s; it is started again %s (start %d)", request, error, when, starts + 1
-                )
-                return Finished(request, [], [], partial(consumer.defer, delivery, self.loop.now() + pause_s))
-            return self._set_aside(request, str(error), starts)
+        else:
+            may_run_again = policy.reject_on_worker_lost
+        if late and may_run_again:
+            return self._started_again(request, error)
         self.counts["lost"] += 1
         return Finished(request, *request.failed_here(self.runner, error), ack)
+
+    def _started_again(self, request: Request, error: BaseException) -> Finished:
+        """Give a message back whose process was killed; set it aside when that happened too often."""
+        delivery = request.delivery
+        starts = delivery.deliveries + 1
+        if self.delivery_limit and starts >= self.delivery_limit:
+            return self._set_aside(request, str(error), starts)
+        self.counts["requeued"] += 1
+        pause_s = pause_after_loss_s(starts, 0.0)
+        when = f"in {pause_s:g} s" if pause_s else "at once"
+        text = "Task %s: %s; it is started again %s (start %d)"
+        logger.error(text, request, error, when, starts + 1)
+        end = partial(self.consumer.defer, delivery, self.loop.now() + pause_s)
+        return Finished(request, [], [], end)
 
     def _set_aside(self, request: Request, cause: str, starts: int) -> Finished:
         """Fail a task that keeps killing what runs it; its message stays replayable."""
         self.counts["lost"] += 1
         text = f"{cause} (start {starts} of at most {self.delivery_limit})"
         logger.critical(
-            "Task %s is set aside as a dead letter: %s. List it with `python -m miniq dead list`, run it"
-            " again with `python -m miniq dead replay`.", request, text,
+            "Task %s is set aside as a dead letter: %s. List it with `%s dead list`, run it"
+            " again with `%s dead replay`.", request, text, PROGRAM, PROGRAM,
         )  # fmt: skip
         made = request.failed_here(self.runner, WorkerLostError(text))
         return Finished(request, *made, partial(self.consumer.dead_letter, request.delivery, text))

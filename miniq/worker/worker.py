@@ -414,10 +414,10 @@ class Worker:
         signals.worker_shutting_down.send(
             sender=self.hostname, sig=reason, how=how.capitalize(), exitcode=self.exitcode
         )
-        running = len(self.tasks.running)
         # A program that ends its own worker knows; a signal may be a surprise.
         level = logging.WARNING if reason else logging.INFO
-        logger.log(level, "Shutdown (%s)%s: %d tasks running.", how, f" by {reason}" if reason else "", running)
+        by = f" by {reason}" if reason else ""
+        logger.log(level, "Shutdown (%s)%s: %d tasks running.", how, by, len(self.tasks.running))
         if first:
             self.tasks.stop_taking()
         if how == "cold":

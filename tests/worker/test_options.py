@@ -93,8 +93,7 @@ def test_prefetched_messages_are_handed_back_at_the_shutdown(
 ) -> None:
     results = [client.send("hold", number) for number in range(8)]
     first = worker_process(SOURCE, "-c", "1", "--prefetch-multiplier", "4")
-    wait_until(lambda: client.waiting() == (4, 0, 4), what=client.waiting)
-    assert held(tmp_path) == 1
+    wait_until(lambda: client.waiting() == (4, 0, 4) and held(tmp_path) == 1, what=client.waiting)
     first.process.terminate()
     wait_until(lambda: client.waiting() == (7, 0, 1), what=client.waiting)
     second = worker_process(None, "-c", "2")

@@ -76,7 +76,9 @@ def test_nothing_is_lost_while_workers_are_killed(
     wait_until(lambda: client.waiting() == (0, 0, 0), 60, lambda: f"seed {seed}: {client.waiting()}")
     done = Counter(map(int, lines("done")))
     missing = sorted(set(accepted) - set(done))
-    assert not missing, f"seed {seed}: {len(missing)} of {len(accepted)} accepted tasks never ran: {missing[:20]}"
+    assert not missing, (
+        f"seed {seed}: {len(missing)} of {len(accepted)} accepted tasks never ran: {missing[:20]}"
+    )
     assert client.dead() == []
     unfinished = {n: client.app.AsyncResult(i).state for n, i in accepted.items()}
     assert set(unfinished.values()) == {"SUCCESS"}, f"seed {seed}: {Counter(unfinished.values())}"
