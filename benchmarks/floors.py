@@ -77,12 +77,15 @@ def drain_batched(path: str, n: int, batch: int, results: bool) -> float:
             (batch,),
         ).fetchall()
         ids = [(row[0],) for row in rows]
-        db.executemany("UPDATE messages SET state = 1, owner = 1, deliveries = deliveries + 1 WHERE id = ?", ids)
+        db.executemany(
+            "UPDATE messages SET state = 1, owner = 1, deliveries = deliveries + 1 WHERE id = ?", ids
+        )
         db.execute("COMMIT")
         db.execute("BEGIN IMMEDIATE")
         if results:
             db.executemany(
-                "INSERT INTO results VALUES(?, ?)", ((os.urandom(16).hex(), b'{"status": "SUCCESS"}') for _ in ids)
+                "INSERT INTO results VALUES(?, ?)",
+                ((os.urandom(16).hex(), b'{"status": "SUCCESS"}') for _ in ids),
             )
         db.executemany("DELETE FROM messages WHERE id = ? AND owner = 1", ids)
         db.execute("COMMIT")
@@ -129,7 +132,9 @@ def drain_with_children(path: str, n: int, children: int, results: bool) -> floa
         db.execute("BEGIN IMMEDIATE")
         if finished:
             if results:
-                db.executemany("INSERT INTO results VALUES(?, ?)", ((os.urandom(16).hex(), b) for _, b in finished))
+                db.executemany(
+                    "INSERT INTO results VALUES(?, ?)", ((os.urandom(16).hex(), b) for _, b in finished)
+                )
             db.executemany("DELETE FROM messages WHERE id = ? AND owner = 1", [(i,) for i, _ in finished])
         rows = db.execute(
             "SELECT id, envelope, body FROM messages WHERE state = 0 AND queue = 'celery'"

@@ -17,7 +17,8 @@ from typing import Any, Callable, List
 HUEY_APP = """
 import os
 from huey import SqliteHuey
-huey = SqliteHuey("bench", filename=os.environ["HUEY_FILE"], results=True, fsync=os.environ["HUEY_FSYNC"] == "1")
+fsync = os.environ["HUEY_FSYNC"] == "1"
+huey = SqliteHuey("bench", filename=os.environ["HUEY_FILE"], results=True, fsync=fsync)
 
 @huey.task()
 def add(x, y):
@@ -99,7 +100,9 @@ def _huey(folder: str, scale: float, show: Callable[..., None]) -> None:
             if task == "nothing":
                 show(f"huey: enqueue, {word}", f"{n / (time.perf_counter() - start):,.0f}/s")
             consumer = os.path.join(os.path.dirname(sys.executable), "huey_consumer")
-            process = _consumer([sys.executable, consumer, "peer_huey.huey", "-w", "2", "-k", "process", "-q"], folder)
+            process = _consumer(
+                [sys.executable, consumer, "peer_huey.huey", "-w", "2", "-k", "process", "-q"], folder
+            )
             try:
                 results = "no results" if task == "nothing" else "results"
                 rate = _rate_of(peer_huey.huey.storage.queue_size, n)

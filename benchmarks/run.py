@@ -85,7 +85,12 @@ def bench_enqueue(scale: float, options: argparse.Namespace) -> None:
             for _ in range(n):
                 tasks.nothing.delay(2, 3)
             ours = max(ours, n / (time.perf_counter() - start))
-        show(f"enqueue, synchronous={level}", rate(ours), rate(best_floor), f"{ours / best_floor:.0%} of the floor")
+        show(
+            f"enqueue, synchronous={level}",
+            rate(ours),
+            rate(best_floor),
+            f"{ours / best_floor:.0%} of the floor",
+        )
 
 
 def preload(tasks: Any, task: Any, n: int) -> None:
@@ -96,7 +101,9 @@ def preload(tasks: Any, task: Any, n: int) -> None:
     for begin in range(0, n, 1000):
         transport.publish(
             [
-                producer.prepare(task.name, (2, 3), {}, {"ignore_result": task.ignore_result}, task).publication
+                producer.prepare(
+                    task.name, (2, 3), {}, {"ignore_result": task.ignore_result}, task
+                ).publication
                 for _ in range(begin, min(n, begin + 1000))
             ],
             60.0,
@@ -158,6 +165,14 @@ def bench_roundtrip(scale: float, options: argparse.Namespace) -> None:
     show("round trip, idle worker", percentiles(times), percentiles(floor))
 
 
+def lines_of(name: str) -> List[float]:
+    """Return the numbers in a file, sorted; none while there is no file."""
+    if not os.path.exists(name):
+        return []
+    with open(name) as file:
+        return sorted(float(line) for line in file)
+
+
 def cpu_of(pids: List[int]) -> float:
     """User + system seconds of processes so far."""
     ticks = 0
@@ -205,7 +220,11 @@ def bench_idle(scale: float, options: argparse.Namespace) -> None:
         bare.kill()
         bare.wait()
     show(f"idle CPU over {seconds:.0f} s", f"{used / seconds:.2%}")
-    show("memory of the worker, 2 children (PSS)", f"{memory / 1024:.1f} MB", f"{bare_memory / 1024:.1f} MB bare Python")
+    show(
+        "memory of the worker, 2 children (PSS)",
+        f"{memory / 1024:.1f} MB",
+        f"{bare_memory / 1024:.1f} MB bare Python",
+    )
 
 
 def bench_start(scale: float, options: argparse.Namespace) -> None:
@@ -258,7 +277,12 @@ def bench_backlog(scale: float, options: argparse.Namespace) -> None:
         os.environ["BENCH_OPTIONS"] = ""
         ours = drained(tasks, min(n, total), ["-c", "2"])
         first = first or ours
-        show(f"drain, prefork 2, {max(waiting, total):,} waiting", rate(ours), "", f"{ours / first:.0%} of the first")
+        show(
+            f"drain, prefork 2, {max(waiting, total):,} waiting",
+            rate(ours),
+            "",
+            f"{ours / first:.0%} of the first",
+        )
 
 
 def bench_eta(scale: float, options: argparse.Namespace) -> None:
@@ -272,11 +296,13 @@ def bench_eta(scale: float, options: argparse.Namespace) -> None:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             time.sleep(0.2)
-            if os.path.exists(out) and sum(1 for _ in open(out)) >= n:
+            late = lines_of(out)
+            if len(late) >= n:
                 break
-        late = sorted(float(line) for line in open(out))
     ok = sum(1 for one in late if 0 <= one <= 0.1) / n
-    show(f"ETA, {n} tasks", percentiles(late), "", f"earliest {late[0] * 1e3:+.2f} ms; {ok:.1%} within 100 ms")
+    show(
+        f"ETA, {n} tasks", percentiles(late), "", f"earliest {late[0] * 1e3:+.2f} ms; {ok:.1%} within 100 ms"
+    )
 
 
 BENCHMARKS: Dict[str, Callable[[float, argparse.Namespace], None]] = {

@@ -66,7 +66,8 @@ class NotRegistered(KeyError, TaskError):
     """No task of this name is registered here."""
 
     def __repr__(self) -> str:
-        return f"Task of kind {self.args[0] if self.args else None!s} never registered, please make sure it's imported."
+        name = self.args[0] if self.args else None
+        return f"Task of kind {name} never registered, please make sure it's imported."
 
 
 class AlreadyRegistered(TaskError):
@@ -159,14 +160,14 @@ class SoftTimeLimitExceeded(MiniqError):
     """Raised inside the task when its soft time limit is over; it may clean up and return."""
 
     def __str__(self) -> str:
-        return "SoftTimeLimitExceeded%s" % (self.args,)
+        return f"SoftTimeLimitExceeded{self.args}"
 
 
 class TimeLimitExceeded(MiniqError):
     """The hard time limit was over and the task was stopped from outside."""
 
     def __str__(self) -> str:
-        return "TimeLimitExceeded%s" % (self.args,)
+        return f"TimeLimitExceeded{self.args}"
 
 
 class WorkerLostError(MiniqError):

@@ -243,43 +243,6 @@ def parse_rate(rate: Union[str, float, None]) -> Optional[float]:
     return per_second or None
 
 
-class TokenBucket:
-    """Tokens that drip in at `rate` per second, never more than `capacity`; it starts full.
-
-    The clock is an argument: `mono` is monotonic seconds, and a step back of it is no time at all.
-    """
-
-    __slots__ = ("capacity", "rate", "_tokens", "_mono")
-
-    def __init__(self, rate: float, capacity: float = 1.0) -> None:
-        if not rate > 0:
-            raise ValueError(f"a token bucket needs a rate above 0, not {rate!r}")
-        self.rate = rate
-        self.capacity = capacity
-        self._tokens = capacity
-        self._mono: Optional[float] = None
-
-    def can_consume(self, mono: float, tokens: float = 1.0) -> bool:
-        """Take `tokens` when they are there; say whether they were."""
-        if self._drip(mono) < tokens - _ROUNDING:
-            return False
-        self._tokens -= tokens
-        return True
-
-    def expected_wait(self, mono: float, tokens: float = 1.0) -> float:
-        """Return the seconds until `tokens` are there; 0.0 = now."""
-        missing = tokens - self._drip(mono)
-        return missing / self.rate if missing > _ROUNDING else 0.0
-
-    def _drip(self, mono: float) -> float:
-        if self._mono is None:
-            self._mono = mono
-        elif mono > self._mono:
-            self._tokens = min(self.capacity, self._tokens + self.rate * (mono - self._mono))
-            self._mono = mono
-        return self._tokens
-
-
 def backoff_s(factor: float, retries: int, maximum: float, jitter: bool, rand: Callable[[], float]) -> int:
     """Return how many seconds to wait before retry number `retries` (0 = the first one).
 

@@ -13,7 +13,7 @@ import pytest
 
 from miniq import times
 from miniq.exceptions import ImproperlyConfigured
-from miniq.times import UTC, Moment, TokenBucket
+from miniq.times import UTC, Moment
 
 PARIS_WINTER = timezone(timedelta(hours=1))
 NOW = 1_800_000_000.25
@@ -231,53 +231,6 @@ def test_an_invalid_rate_is_named(rate: Any) -> None:
     with pytest.raises(ValueError, match="Invalid rate limit string: ") as caught:
         times.parse_rate(rate)
     assert repr(rate) in str(caught.value)
-
-
-def test_a_bucket_gives_one_token_then_one_per_interval() -> None:
-    bucket = TokenBucket(2.0)
-    assert bucket.can_consume(100.0)
-    assert not bucket.can_consume(100.0)
-    assert bucket.expected_wait(100.0) == 0.5
-    assert bucket.expected_wait(100.25) == 0.25
-    assert bucket.can_consume(100.5)
-    assert bucket.expected_wait(1000.0) == 0.0
-    assert bucket.can_consume(1000.0)
-    assert not bucket.can_consume(1000.0), "no more than its capacity was saved up"
-
-
-def test_a_bucket_of_more_capacity_allows_a_burst() -> None:
-    bucket = TokenBucket(1.0, capacity=3)
-    assert [bucket.can_consume(0.0) for _ in range(4)] == [True, True, True, False]
-    assert bucket.expected_wait(0.0, 2) == 2.0
-
-
-def test_a_clock_that_steps_back_costs_nothing_and_gives_nothing() -> None:
-    bucket = TokenBucket(1.0)
-    assert bucket.can_consume(100.0)
-    assert not bucket.can_consume(50.0)
-    assert not bucket.can_consume(100.5)
-    assert bucket.can_consume(101.0)
-
-
-def test_waiting_exactly_as_long_as_told_is_enough_at_any_rate() -> None:
-    seed = random.randrange(2**32)
-    rand = random.Random(seed)
-    for _ in range(200):
-        rate = 10 ** rand.uniform(-4, 4)
-        bucket, start = TokenBucket(rate), rand.uniform(0, 1e7)
-        mono = start
-        for taken in range(1, 51):
-            mono += bucket.expected_wait(mono)
-            assert bucket.can_consume(mono), f"seed {seed}, rate {rate}"
-            assert taken <= 1 + rate * (mono - start) * (1 + 1e-6) + 2e-3, f"seed {seed}, rate {rate}"
-            if rand.random() < 0.3:
-                mono += rand.uniform(0, 3 / rate)
-
-
-def test_a_bucket_without_a_rate_is_refused() -> None:
-    for rate in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match="rate above 0"):
-            TokenBucket(rate)
 
 
 # -- backoff -------------------------------------------------------------------------------------

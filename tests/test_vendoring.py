@@ -77,7 +77,7 @@ found = {
     "again": outcome(again.delay()),
     "foreign": outcome(foreign_modules.delay()),
     "give_up": outcome(give_up.delay()),
-    "unknown": outcome(app.send_task("somepkg.tasks.nobody_knows", (add.s(1),), serializer="pickle", link=add.s(2))),
+    "unknown": outcome(app.send_task("somepkg.tasks.nobody_knows", (add.s(1),), serializer="pickle")),
     "here": loaded(),
 }
 app.close()

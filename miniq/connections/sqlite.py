@@ -118,7 +118,7 @@ class Options(NamedTuple):
     synchronous: str = "FULL"
     worker_synchronous: str = "NORMAL"
     busy_timeout: float = 10.0
-    worker_busy_timeout: float = 0.1
+    worker_busy_timeout: float = 0.05
     cache_size_kib: int = 4096
 
     @classmethod

@@ -104,6 +104,8 @@ class Pool:
     has_soft_limit = False
     has_hard_limit = False
     can_take_ahead = False
+    #: True where tasks run in other processes than the worker.
+    has_processes = False
     #: True where tasks run in the main thread and the loop moves to a second one (solo).
     runs_in_main_thread = False
 

@@ -41,6 +41,7 @@ from ..backends.base import StoredResult
 from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured, Terminated, TimeLimitExceeded, WorkerLostError
 from ..loop import Loop, Timer
+from ..signals import worker_before_create_process
 from ..trace import Outcome, RunnerSpec
 from .base import Job, Lost, Pool, PoolOptions, signal_number
 from .child import DONE, FAILED, READY, RECV_BYTES, STARTED, FrameReader, main, pack
@@ -137,6 +138,7 @@ class PreforkPool(Pool):
     can_terminate = True
     has_soft_limit = hasattr(signal, "SIGUSR1")
     has_hard_limit = True
+    has_processes = True
     can_take_ahead = sys.platform != "win32"
 
     def __init__(self, options: PoolOptions, spec: RunnerSpec) -> None:
@@ -544,6 +546,8 @@ class PreforkPool(Pool):
                 "pool processes are spawned from now on"
             )
             self.start_method = "spawn"
+        if worker_before_create_process.receivers:
+            worker_before_create_process.send(sender=self)
         self._serial += 1
         ours, theirs = socket.socketpair()
         lifeline, their_lifeline = socket.socketpair()

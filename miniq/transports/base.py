@@ -84,6 +84,8 @@ class Transport:
     priority = False
     delay = False
     confirms = False
+    #: Messages are in this process alone: no other process can consume them, not even a child.
+    in_process_only = False
     #: How priorities sort here: "higher first" or "lower first".
     priority_order = "higher first"
 

@@ -53,6 +53,7 @@ class MemoryTransport(Transport):
     priority = True
     delay = True
     confirms = True
+    in_process_only = True
 
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
         refuse_options(url, options)

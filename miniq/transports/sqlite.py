@@ -100,7 +100,8 @@ _START = "UPDATE messages SET state=?, token=?, deliveries=deliveries+1" + _OURS
 _DELETE = "DELETE FROM messages" + _OURS
 # Sent back on purpose: that is no loss, so it does not bring the message nearer to its limit.
 _REQUEUE = (
-    f"UPDATE messages SET state={READY}, owner=NULL, lost_by=NULL, due=?, deliveries=min(deliveries, ?)" + _OURS
+    f"UPDATE messages SET state={READY}, owner=NULL, lost_by=NULL, due=?,"
+    " deliveries=min(deliveries, ?)" + _OURS
 )
 _DEFER = "UPDATE messages SET state=?, owner=NULL, due=?" + _OURS
 _RELEASE = (
@@ -377,7 +378,6 @@ class SQLiteConsumer(Consumer, Participant):
             for queue in queues:
                 self.add_queue(queue)
             self._look_after_unclean_stop()
-            self.housekeep()
         except BaseException:
             self.close()
             raise
@@ -671,7 +671,9 @@ class SQLiteConsumer(Consumer, Participant):
                 changes.append((state, due, lost_by, deliveries, id_))
                 db.added("", queue)
             db.write_many(
-                "UPDATE messages SET state=?, due=?, lost_by=?, deliveries=?, owner=NULL, token=NULL WHERE id=?", changes
+                "UPDATE messages SET state=?, due=?, lost_by=?, deliveries=?, owner=NULL, token=NULL"
+                " WHERE id=?",
+                changes,
             )
             used = db.read("SELECT queue FROM consumers WHERE owner=?", (owner,))
             db.write("DELETE FROM consumers WHERE owner=?", (owner,))

@@ -104,8 +104,8 @@ class CommandConsumer:
             for delivery in deliveries:
                 self.consumer.ack(delivery)
         except OperationalError as error:
-            # The next look tries again; commands are only worth something while they are fresh.
             logger.debug("control queue: %s", error)
+            self.loop.call_later(LOOK_INTERVAL_S, self._take)
             return
         for delivery in deliveries:
             self._carry_out(delivery)

@@ -30,7 +30,7 @@ from ..log import LoggingSetup, get_logger, setup_worker_logging
 from ..loop import Loop, Timer
 from ..pools.base import Pool, PoolOptions, pool_class
 from ..routing import Queue
-from ..text import node_name
+from ..text import mask_url, node_name
 from ..trace import TaskRunner
 from ..transports.base import Transport
 from .consumer import TaskConsumer
@@ -147,6 +147,8 @@ class Worker:
         #: Called with the exit code when a stuck task keeps `run` from returning (pool solo); a program of
         #: its own may end itself there, a host should not.
         self.on_stuck: Optional[Callable[[int], None]] = None
+        #: Set when the pool was started, or never will be.
+        self._pool_ready = threading.Event()
         self._main_free = threading.Event()
         #: Tasks lost before a cold shutdown began; any more make the exit code 1.
         self._lost_before: float = float("inf")
@@ -195,10 +197,16 @@ class Worker:
         app, loop = self.app, self.loop
         _state.set_current_app(app)
         signals.worker_init.send(sender=self)
-        # The pool comes first: it forks while nothing is open yet.
+        self.transport = self._given_transport or app.producer.new_transport(write=False)
+        if self.transport.in_process_only and self.pool.has_processes:
+            raise ImproperlyConfigured(
+                f"broker {mask_url(app.broker_url())!r} lives in one process: tasks in other processes could"
+                " send nothing through it; use the pool threads, solo or asyncio, or a SQLite file"
+            )
+        # Nothing is open yet (a transport opens at its first use), so the pool forks cleanly.
         self._pool_started = True
         self.pool.start(loop, self._on_free)
-        self.transport = self._given_transport or app.producer.new_transport(write=False)
+        self._pool_ready.set()
         self.backend = self._given_backend or app.new_backend()
         for queue in self.queues:
             self.transport.declare(queue)
@@ -342,7 +350,9 @@ class Worker:
             core = threading.Thread(target=self._run_core, name="miniq-loop")
             core.start()
             try:
-                self.pool.run_forever()
+                self._pool_ready.wait()
+                if self._pool_started:
+                    self.pool.run_forever()
             finally:
                 self._main_free.set()
                 if not self._ended.is_set():
@@ -364,6 +374,7 @@ class Worker:
             self._break_off()
         finally:
             self._clean()
+            self._pool_ready.set()
             self.started.set()
             self._ended.set()
         if self.pool.runs_in_main_thread and not self._main_free.wait(MAIN_THREAD_LEAVES_S):

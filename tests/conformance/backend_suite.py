@@ -74,7 +74,7 @@ class BackendSuite:
 
     @pytest.mark.parametrize(
         ("old", "new"),
-        list(itertools.product(sorted(states.ALL_STATES - {"PENDING"}) + ["PROGRESS"], repeat=2)),
+        list(itertools.product([*sorted(states.ALL_STATES - {"PENDING"}), "PROGRESS"], repeat=2)),
     )
     def test_state_is_replaced_only_where_it_may_be(self, backend: Backend, old: str, new: str) -> None:
         backend.store([result("a", old, b"old")])

@@ -209,3 +209,9 @@ def test_ctrl_c_in_a_foreground_worker_settles_and_is_raised(
     assert one.wait() == 0, one.log
     assert "interrupted" in one.log
     assert result.state == "PENDING" and client.waiting() == (1, 0, 0)
+
+
+def test_memory_broker_and_child_processes_are_refused_together(make_app: Callable[..., MiniQ]) -> None:
+    app = with_tasks(make_app(broker_url="memory://"))
+    with pytest.raises(ImproperlyConfigured, match="lives in one process"):
+        app.worker(pool="prefork", concurrency=1).run()

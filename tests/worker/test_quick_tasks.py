@@ -53,7 +53,8 @@ def test_early_acked_tasks_of_killed_workers_run_at_most_once_and_only_the_runni
     producer.transport.publish([one.publication for one in prepared], 30.0)
     for kill in range(1, kills + 1):
         worker = worker_process(SOURCE, "-c", "2", loglevel="WARNING")
-        wait_until(lambda: len(lines("runs")) >= kill * n // 5, 30)
+        enough = kill * n // 5
+        wait_until(lambda enough=enough: len(lines("runs")) >= enough, 30)
         kill_tree(worker)
     worker_process(SOURCE, "-c", "2", loglevel="WARNING")
     wait_until(lambda: client.waiting() == (0, 0, 0), 30, client.waiting)
