@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import warnings
-from types import FunctionType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -34,22 +33,20 @@ from .backends.base import Backend, backend_class
 from .canvas import Signature, signature
 from .conf import Settings
 from .control import Control
-from .exceptions import (
-    AlwaysEagerIgnored,
-    DuplicateTaskNameWarning,
-    ImproperlyConfigured,
-    NotRegistered,
-)
+from .eager import EagerRunner
+from .exceptions import AlwaysEagerIgnored, ImproperlyConfigured
 from .producer import Producer, new_task_id
+from .registry import TaskRegistry, annotate, check_names, register, task_from_function
 from .result import AsyncResult
 from .routing import Router
 from .serialization import dumps, loads, prepare_accept
+from .shared import SharedTask, shared_task
 from .signals import Signal
-from .task import DECORATOR_OPTIONS, REFUSED_OPTIONS, Parameters, check_task
+from .task import Parameters
 from .task import Task as BaseTask
-from .text import gen_task_name, host_name, import_module, import_object, is_missing, nearest
+from .text import gen_task_name, host_name, import_module, import_object, is_missing
 from .times import zone
-from .trace import EagerRunner, TaskRunner
+from .trace import TaskRunner
 from .transports.base import Publication
 
 if TYPE_CHECKING:
@@ -67,31 +64,11 @@ if TYPE_CHECKING:
 DEFAULT_URL = "sqlite:///miniq.db"
 #: Arguments of Celery's app which plug in parts that miniq does not have.
 REFUSED_ARGUMENTS = frozenset({"loader", "amqp", "events", "log", "control", "tasks", "fixups"})
-#: How like a known task option another one must be to be taken for a misspelling (difflib's ratio).
-MISSPELLING = 0.78
 #: Parts of upper floors that an app hands out: name -> "module:object", imported when asked for.
 ENTRANCES = {
     "worker": ".worker.worker:Worker",
     "main": ".cli.main:main",
 }
-
-
-class TaskRegistry(Dict[str, BaseTask]):
-    """The tasks of an app, by name."""
-
-    def __missing__(self, name: str) -> BaseTask:
-        raise NotRegistered(name)
-
-    def register(self, task: BaseTask) -> None:
-        """Add `task` under its name."""
-        self[task.name] = task
-
-    def unregister(self, name: Union[str, BaseTask]) -> None:
-        """Remove a task; `NotRegistered` if there is none."""
-        try:
-            del self[getattr(name, "name", name)]  # type: ignore[arg-type]
-        except KeyError:
-            raise NotRegistered(name) from None
 
 
 class MiniQ:
@@ -254,7 +231,7 @@ class MiniQ:
         if annotations is not self._annotations:
             self._annotations = annotations
             for task in self.tasks.values():
-                self._annotate(task)
+                annotate(task, annotations)
 
     def _cached(self, key: str, make: Callable[[], Any]) -> Any:
         try:
@@ -407,65 +384,21 @@ class MiniQ:
             `TypeError` with the right name.
             """
             if len(args) == 1 and callable(args[0]) and not isinstance(args[0], type):
-                return self._task_from_fun(args[0], **options)
+                return task_from_function(self, args[0], **options)
             if args:
                 raise TypeError(
                     f"@app.task takes options as keywords only, not {args[0]!r};"
                     " to name a task write @app.task(name='...'), for a class app.register_task(Cls())"
                 )
-            return lambda fun: self._task_from_fun(fun, **options)
-
-    def _task_from_fun(
-        self,
-        fun: Callable[..., Any],
-        name: Optional[str] = None,
-        base: Optional[Type[BaseTask]] = None,
-        bind: bool = False,
-        shared: bool = False,
-        lazy: bool = True,
-        filter: Optional[Callable[[Any], Any]] = None,  # noqa: A002 - Celery's public name
-        **options: Any,
-    ) -> Any:
-        if isinstance(fun, BaseTask) or not callable(fun):
-            raise TypeError(f"a task is made of a function, not of {fun!r:.200}")
-        module = getattr(fun, "__module__", None) or ""
-        if shared:
-            _state.add_shared(lambda app: app._task_from_fun(fun, name, base, bind, **options))
-        if name is None:
-            if not hasattr(fun, "__name__"):
-                raise TypeError(f"{fun!r:.200} has no __name__: give the task a name=")
-            task_name = self.gen_task_name(fun.__name__, module)
-        else:
-            task_name = name
-        cls = base or self.Task
-        _check_names(task_name, options, cls)
-        known = self.tasks.get(task_name)
-        if known is not None and getattr(known, "__wrapped__", None) is fun:
-            return known
-        attributes = {
-            "app": self,
-            "name": task_name,
-            "run": _bindable(fun) if bind else staticmethod(fun),
-            "__doc__": fun.__doc__,
-            "__module__": module,
-            "__wrapped__": staticmethod(fun),
-            **options,
-        }
-        task: BaseTask = type(getattr(fun, "__name__", "task"), (cls,), attributes)()
-        parameters = Parameters(fun, bind)
-        task._check_arguments = parameters.check
-        task._positional = parameters.positional
-        task.takes_errback_arguments = parameters.takes_several and not bind
-        self._register(task)
-        return task if filter is None else filter(task)
+            return lambda fun: task_from_function(self, fun, **options)
 
     def register_task(self, task: Union[BaseTask, Type[BaseTask]], **options: Any) -> BaseTask:
         """Register an instance (or class) of a class-based task; return the instance."""
         if isinstance(task, type):
             task = task()
         if isinstance(task, SharedTask):
-            return self._register(task._resolve())
-        _check_names(task.name or type(task).__name__, options, type(task))
+            return register(self, task._resolve())
+        check_names(task.name or type(task).__name__, options, type(task))
         for key, value in options.items():
             setattr(task, key, value)
         cls = type(task)
@@ -476,38 +409,7 @@ class MiniQ:
             parameters = Parameters(task.run, False)
             task._check_arguments = parameters.check
             task._positional = parameters.positional
-        return self._register(task)
-
-    def _register(self, task: BaseTask) -> BaseTask:
-        self._annotate(task)
-        known = self.tasks.get(task.name)
-        if known is not None and known is not task:
-            _warn_of_duplicate(known, task)
-        self.tasks[task.name] = task
-        type(task).on_bound(self)
-        return task
-
-    def _annotate(self, task: BaseTask) -> None:
-        """Apply the setting `task_annotations`.
-
-        ``{name or "*": {attribute: value}}``, an object with ``annotate(task)`` that returns such
-        attributes, the path of one, or a list of these.  A plain function becomes a method, as it
-        would in the task's class.
-        """
-        annotations = self.conf.task_annotations
-        for annotation in annotations if isinstance(annotations, (list, tuple)) else (annotations,):
-            if isinstance(annotation, str):
-                annotation = import_object(annotation)
-            if isinstance(annotation, type):
-                annotation = annotation()
-            if isinstance(annotation, dict):
-                found = {**(annotation.get("*") or {}), **(annotation.get(task.name) or {})}
-            else:
-                found = annotation.annotate(task) or {} if annotation is not None else {}
-            _check_names(f"{task.name} in task_annotations", found, type(task))
-            for key, value in found.items():
-                setattr(task, key, value.__get__(task) if isinstance(value, FunctionType) else value)
-        check_task(task)
+        return register(self, task)
 
     def _task_named(self, name: str) -> BaseTask:
         return self.tasks[name]
@@ -676,120 +578,7 @@ class MiniQ:
         return _state.current_worker_task()
 
 
-class SharedTask:
-    """Stands for a shared task; every attribute is that of the current app's task."""
-
-    def __init__(self, fun: Callable[..., Any], name: Optional[str]) -> None:
-        self.__dict__.update(_fun=fun, _name=name, __wrapped__=fun, __doc__=fun.__doc__)
-        self.__dict__["__module__"] = fun.__module__
-
-    def _resolve(self) -> BaseTask:
-        app: MiniQ = _state.current_app()
-        return app.tasks[self._name or app.gen_task_name(self._fun.__name__, self._fun.__module__)]
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # so that isinstance() says what it stands for
-        return BaseTask
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._resolve()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._resolve(), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._resolve(), name, value)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or self._resolve() is other
-
-    def __hash__(self) -> int:
-        return hash(self._fun)
-
-    def __repr__(self) -> str:
-        return f"<shared task {self._name or self._fun.__qualname__}>"
-
-    def __reduce_ex__(self, protocol: Any) -> str:
-        name: str = self._fun.__qualname__
-        return name
-
-
-if TYPE_CHECKING:
-
-    @overload
-    def shared_task(fun: Callable[P, C], /) -> TypedTask[P, C]: ...
-    @overload
-    def shared_task(*, bind: Literal[True], **options: Any) -> BoundDecorator: ...
-    @overload
-    def shared_task(**options: Any) -> Decorator: ...
-    def shared_task(*args: Any, **options: Any) -> Any: ...
-
-else:
-
-    def shared_task(*args: Any, **options: Any) -> Any:
-        """Decorate a function to make it a task of every app, those of the future included.
-
-        Returns a proxy: what is called is the task of the current app.
-        """
-
-        def decorate(fun: Callable[..., Any]) -> Any:
-            _state.add_shared(lambda app: app._task_from_fun(fun, **options))
-            return SharedTask(fun, options.get("name"))
-
-        if len(args) == 1 and callable(args[0]) and not options:
-            return decorate(args[0])
-        if args:
-            raise TypeError(f"@shared_task takes options as keywords only, not {args[0]!r}")
-        return decorate
-
-
 # -- small helpers -------------------------------------------------------------------------------
-
-
-def _check_names(name: str, options: Iterable[str], base: type) -> None:
-    """Raise `TypeError` for an option that looks like a known one misspelt; others become attributes."""
-    for key in options:
-        if key in DECORATOR_OPTIONS or key in REFUSED_OPTIONS or hasattr(base, key):
-            continue
-        hint = nearest(key, DECORATOR_OPTIONS, only_typos=True)
-        if hint is None:
-            import difflib  # only for a task with an attribute of its own
-
-            found = difflib.get_close_matches(key, DECORATOR_OPTIONS, 1, MISSPELLING)
-            hint = found[0] if found else None
-        if hint is not None:
-            raise TypeError(
-                f"task {name}: unknown option {key!r}: did you mean {hint!r}?"
-                " (an attribute of your own that is so like it can be declared in a base= class)"
-            )
-
-
-def _bindable(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `fun` as something that becomes a method in a class body; only functions do by themselves."""
-    if isinstance(fun, FunctionType):
-        return fun
-    return lambda task, *args, **kwargs: fun(task, *args, **kwargs)
-
-
-def _warn_of_duplicate(known: BaseTask, task: BaseTask) -> None:
-    """Warn when a name changes hands; the same source read again (a reload, a notebook) is no change."""
-    old, new = (getattr(one, "__wrapped__", None) or type(one) for one in (known, task))
-    same_place = _place(old) == _place(new)
-    # Two closures made by one function share its code, but not what they enclose.
-    if same_place and getattr(old, "__code__", None) is not getattr(new, "__code__", old):
-        return
-    if same_place and isinstance(new, type):
-        return
-    warnings.warn(
-        f"task {task.name!r}: {_place(new)} takes the place of {_place(old)}, whose messages it will get;"
-        " give one of them another name=",
-        DuplicateTaskNameWarning,
-        stacklevel=5,
-    )
-
-
-def _place(fun: Any) -> str:
-    return f"{getattr(fun, '__module__', None)}.{getattr(fun, '__qualname__', None) or repr(fun)}"
 
 
 def _discover(packages: Any, related_name: Optional[str]) -> None:

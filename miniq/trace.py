@@ -18,15 +18,15 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
-import threading
-import traceback as traceback_module
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from . import _state, signals, states
 from .backends.base import StoredResult
-from .canvas import Signature, as_list, check_signatures, signature
+from .canvas import Signature, check_signatures, signature
+from .coroutines import ThreadLoops, is_coroutine_function
+from .einfo import ExceptionInfo, format_traceback
 from .exceptions import (
     BackendError,
     EncodeError,
@@ -41,95 +41,14 @@ from .exceptions import (
 from .log import get_logger
 from .message import HEADER_NAMES, unpack_body
 from .producer import new_task_id
-from .result import EagerResult
+from .runner import Outcome, Run, Runner, RunnerSpec
 from .serialization import dumps, exception_to_dict, loads, serializer
 from .task import Context, Task
-from .text import host_name, nearest, safe_repr
+from .text import nearest, safe_repr
 from .times import to_iso
 from .transports.base import Publication
 
 logger = get_logger(__name__)
-
-#: Frames and characters kept of a traceback; a recursion error would fill the store otherwise.
-MAX_TRACEBACK_FRAMES = 100
-MAX_TRACEBACK_CHARS = 64 * 1024
-
-
-class Run(NamedTuple):
-    """What travels to the place where a task runs.  Plain values only: it crosses processes.
-
-    `delivery_info` is what the task sees as ``request.delivery_info``.
-    """
-
-    body: bytes
-    content_type: str
-    content_encoding: str
-    headers: Dict[str, Any]
-    properties: Dict[str, Any]
-    delivery_info: Dict[str, Any]
-
-
-class Outcome(NamedTuple):
-    """What a run hands back, ready to be settled by the worker.
-
-    `state`      SUCCESS, FAILURE, RETRY, REVOKED, IGNORED or REJECTED
-    `results`    what to store: the task's own, and on failure those of the chain steps after it
-    `followups`  messages to publish: callbacks, the next chain step, a retry
-    `action`     "ack", "reject" (dead letter) or "requeue"; a broker sees it when late-acked
-    `reason`     for a reject: one line of text
-    `runtime_s`  how long the body took
-    """
-
-    state: str
-    results: "List[StoredResult]" = []  # noqa: RUF012 - never mutated
-    followups: "List[Publication]" = []  # noqa: RUF012 - never mutated
-    action: str = "ack"
-    reason: str = ""
-    runtime_s: float = 0.0
-
-
-class Runner(Protocol):
-    """What a pool gets to run tasks with, one per process."""
-
-    def process_init(self) -> None:
-        """Prepare this process or thread group; called once, before the first run."""
-
-    def run(self, run: Run, guard: "Optional[AbstractContextManager[Any]]" = None) -> Outcome:
-        """Run one task to its outcome; never raises but for a bug.
-
-        `guard` is entered around the task's own code only: the pool arms its soft limit in it.
-        """
-
-    async def run_async(self, run: Run, guard: "Optional[AbstractContextManager[Any]]" = None) -> Outcome:
-        """Do the same inside a running asyncio loop; cancelling it cancels the task's code."""
-
-    def process_shutdown(self, exitcode: int) -> None:
-        """Say good-bye; called once when the process ends in order."""
-
-
-class RunnerSpec(Protocol):
-    """How to build the `Runner` in another process; picklable, for spawned children."""
-
-    def build(self) -> Runner:
-        """Import what is needed and return the runner."""
-
-
-class ExceptionInfo:
-    """An exception and its traceback as text; what handlers get as ``einfo``."""
-
-    __slots__ = ("exception", "traceback", "type", "internal")
-
-    def __init__(self, exception: BaseException, traceback: str, internal: bool = False) -> None:
-        self.exception = exception
-        self.traceback = traceback
-        self.type = type(exception)
-        self.internal = internal
-
-    def __str__(self) -> str:
-        return self.traceback
-
-    def __repr__(self) -> str:
-        return f"<ExceptionInfo: {safe_repr(self.exception)}>"
 
 
 class Execution:
@@ -165,12 +84,14 @@ class Execution:
 class TaskRunner:
     """Runs tasks of one app; one object per process, used by all its threads."""
 
+    #: False where an event loop is closed after each coroutine.
+    keeps_loops = True
+
     def __init__(self, app: Any, hostname: str) -> None:
         """Check what every run needs of the settings; raises `ImproperlyConfigured`."""
         self.app = app
         self.hostname = hostname
-        self._local = threading.local()
-        self._loops: List[Any] = []
+        self._loops = ThreadLoops(self.keeps_loops)
         conf = app.conf
         serializer(conf.result_serializer)
         if conf.result_compression:
@@ -187,13 +108,14 @@ class TaskRunner:
         _state.set_current_app(self.app)
         signals.worker_process_init.send(sender=None)
 
+    def thread_exit(self) -> None:
+        """Close the event loop that coroutines ran in here."""
+        self._loops.close()
+
     def process_shutdown(self, exitcode: int) -> None:
         """Tell receivers of `worker_process_shutdown` that this process ends."""
         signals.worker_process_shutdown.send(sender=None, pid=os.getpid(), exitcode=exitcode)
-        while self._loops:
-            pid, loop = self._loops.pop()
-            if pid == os.getpid() and not loop.is_running():
-                _close_loop(loop)
+        self.thread_exit()
 
     # -- the two ways in
 
@@ -243,7 +165,7 @@ class TaskRunner:
 
             context = contextvars.copy_context()
             loop = asyncio.get_running_loop()
-            outcome = await loop.run_in_executor(None, lambda: context.run(self.execute, ex))
+            outcome = await loop.run_in_executor(None, lambda: context.run(self._execute_in_helper, ex))
             ex.forget()
             return outcome
         body = self._push(ex)
@@ -260,6 +182,12 @@ class TaskRunner:
         finally:
             _state.pop_frame(ex.token)
             ex.forget()
+
+    def _execute_in_helper(self, ex: Execution) -> Outcome:
+        try:
+            return self.execute(ex)
+        finally:
+            self.thread_exit()  # nobody says when an executor's thread ends
 
     @staticmethod
     def _push(ex: Execution) -> Any:
@@ -348,50 +276,9 @@ class TaskRunner:
         task.before_start(ex.request.id or "", ex.args, ex.kwargs)
         ex.started_mono = monotonic()
 
-    #: False where an event loop is closed after each run.
-    keeps_loops = True
-
     def run_coroutine(self, coroutine: Any, guard: "Optional[AbstractContextManager[Any]]" = None) -> Any:
-        """Run a coroutine to its end in this thread's own loop, which is kept for the next ones.
-
-        `guard` is entered around each of its steps, and looked at while it waits: what that raises
-        is thrown into the coroutine, which can clean up with ``await`` before it ends.
-        """
-        import asyncio  # slow to import, and only async def tasks need it
-
-        if asyncio._get_running_loop() is not None:
-            return _in_thread(self.run_coroutine, coroutine)
-        local = self._local
-        loop = getattr(local, "loop", None)
-        if loop is None or local.pid != os.getpid():
-            loop = local.loop = asyncio.new_event_loop()
-            local.pid = os.getpid()
-            self._loops.append((local.pid, loop))
-        driver = _Driver(coroutine, guard)
-        main = loop.create_task(driver.run())
-        timer: Any = None
-
-        def look() -> None:
-            nonlocal timer
-            driver.look(main)
-            timer = loop.call_later(GUARD_INTERVAL_S, look)
-
-        if guard is not None:
-            timer = loop.call_later(GUARD_INTERVAL_S, look)
-        try:
-            return loop.run_until_complete(main)
-        except asyncio.CancelledError as error:
-            raise RuntimeError("the task's coroutine was cancelled") from error
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if not main.done():  # the loop itself was interrupted: let the coroutine clean up
-                main.cancel()
-                loop.run_until_complete(asyncio.wait([main]))
-            if not self.keeps_loops:
-                local.loop = None
-                self._loops.remove((local.pid, loop))
-                _close_loop(loop)
+        """Run a coroutine to its end in this thread's own loop; see `ThreadLoops.run`."""
+        return self._loops.run(coroutine, guard)
 
     # -- end: one of these
 
@@ -530,6 +417,8 @@ class TaskRunner:
                     value = sig(request, error, traceback)
                     if hasattr(value, "__await__"):
                         self.run_coroutine(value)
+                        if _state.current_frame() is None:  # the worker speaks for a process that is gone
+                            self.thread_exit()
                 else:
                     options = {"group_id": group_id, "group_index": index}
                     found.append(self._follow(request, sig, (request.id,), options))
@@ -680,219 +569,11 @@ class TaskRunner:
         return StoredResult(task_id, state, body, content_type, encoding, conf.result_expires)
 
 
-class EagerRunner(TaskRunner):
-    """Runs tasks in the calling program, retries and callbacks too."""
-
-    keeps_loops = False
-
-    def __init__(self, app: Any) -> None:
-        super().__init__(app, host_name())
-
-    def apply(
-        self, task: Task, args: List[Any], kwargs: Dict[str, Any], options: Dict[str, Any], throw: bool
-    ) -> EagerResult:
-        """Run `task` to its end; see `Task.apply`.  `options` are calling options, task_id included."""
-        get = options.get
-        task_id = get("task_id")
-        custom = get("headers") or None
-        link, link_error, chain = as_list(get("link")), as_list(get("link_error")), as_list(get("chain"))
-        check_signatures((*link, *link_error, *chain), f"callbacks of task {task.name}")
-        frame = _state.worker_frame()
-        above = frame.request if frame is not None else None
-        retries = get("retries") or 0
-        while True:
-            request = Context(
-                custom or {},
-                id=task_id,
-                task=task.name,
-                args=args,
-                kwargs=kwargs,
-                retries=retries,
-                is_eager=True,
-                called_directly=False,
-                hostname=self.hostname,
-                correlation_id=task_id,
-                headers=custom,
-                callbacks=link,
-                errbacks=link_error,
-                chain=chain,
-                group=get("group_id"),
-                group_index=get("group_index"),
-                root_id=get("root_id") or (above and (above.root_id or above.id)) or task_id,
-                parent_id=get("parent_id") or (above and above.id),
-                ignore_result=get("ignore_result"),
-                timelimit=[get("time_limit"), get("soft_time_limit")],
-                shadow=get("shadow") or task.shadow_name(args, kwargs, options),
-                reply_to=get("reply_to"),
-                loglevel=get("loglevel"),
-                logfile=get("logfile"),
-                delivery_info={
-                    "is_eager": True,
-                    "exchange": get("exchange"),
-                    "routing_key": get("routing_key"),
-                    "priority": get("priority"),
-                },
-            )
-            ex = Execution(task, request, args, kwargs)
-            outcome = self.execute(ex)
-            retry = ex.error
-            if not isinstance(retry, Retry) or retry.sig is None:
-                break
-            args, kwargs = list(retry.sig.args), dict(retry.sig.kwargs)
-            retries += 1
-        if outcome.results:
-            self.app.backend_for(None).store(outcome.results)
-        for sig in ex.followups:
-            self._run_followup(sig, throw)
-        error, text = ex.error, ex.einfo.traceback if ex.einfo else None
-        if throw and error is not None and outcome.state in states.PROPAGATE_STATES:
-            raise error
-        return EagerResult(
-            task_id or "", ex.retval, outcome.state, text, task.name, self.app, request.children
-        )
-
-    def _run_followup(self, sig: Any, throw: bool) -> None:
-        task = self.app.tasks[sig.task]
-        options = {"task_id": sig.id, **sig.options}
-        self.apply(task, list(sig.args), dict(sig.kwargs), options, throw)
-
-    def _follow(
-        self, request: Context, sig: Signature, args: Tuple[Any, ...], options: Dict[str, Any]
-    ) -> Any:
-        sig = sig.clone(args, **options)
-        for key, value in (
-            ("task_id", new_task_id()),
-            ("root_id", request.root_id),
-            ("parent_id", request.id),
-        ):
-            sig.options.setdefault(key, value)
-        request.children.append(((sig.id, None), None))
-        return sig
-
-    def keeps(self, task: Optional[Task], request: Context, failed: bool = False) -> bool:
-        """Say whether a result is stored: only where `task_store_eager_result` is on."""
-        return self.app.conf.task_store_eager_result and super().keeps(task, request, failed)
-
-    def store_state(
-        self, task: Task, request: Context, state: str, meta: Any, traceback: Optional[str] = None
-    ) -> None:
-        """Store a custom state, where results are stored at all."""
-        if self.app.conf.task_store_eager_result:
-            super().store_state(task, request, state, meta, traceback)
-
-
-# -- coroutines ------------------------------------------------------------------------------------
-
-#: Seconds between two looks at the guard of a coroutine that waits.
-GUARD_INTERVAL_S = 0.1
-#: Seconds what a task left running in its loop gets to end when the loop is closed.
-LEFTOVERS_S = 1.0
-
-
-class _Driver:
-    """Passes the steps of a coroutine through a guard, and what the guard raises into the coroutine."""
-
-    def __init__(self, coroutine: Any, guard: "Optional[AbstractContextManager[Any]]") -> None:
-        self._coroutine = coroutine
-        self._steps = coroutine.__await__()
-        self._guard = guard
-        #: What to throw instead of the CancelledError by which asyncio wakes a waiting task.
-        self._error: Optional[BaseException] = None
-        self._main: Any = None
-
-    async def run(self) -> Any:
-        return await self
-
-    def __await__(self) -> "_Driver":
-        return self
-
-    __iter__ = __await__
-
-    def __next__(self) -> Any:
-        return self.send(None)
-
-    def send(self, value: Any) -> Any:
-        return self._step(self._steps.send, value)
-
-    def throw(self, error: Any, *rest: Any) -> Any:
-        if self._error is not None:  # it was us who cancelled
-            error, self._error, rest = self._error, None, ()
-            if hasattr(self._main, "uncancel"):  # Python 3.11
-                self._main.uncancel()
-        return self._step(self._steps.throw, error, *rest)
-
-    def close(self) -> None:
-        self._steps.close()
-
-    def _step(self, step: Any, *args: Any) -> Any:
-        if self._guard is None:
-            return step(*args)
-        entered = False
-        try:
-            with self._guard:
-                entered = True
-                return step(*args)
-        except BaseException as error:
-            if entered:
-                raise
-            self._guard = None
-            return self._steps.throw(error)
-
-    def look(self, main: Any) -> None:
-        """Throw into a waiting coroutine what its guard has to say."""
-        try:
-            if self._guard is not None:
-                with self._guard:
-                    pass
-        except BaseException as error:
-            self._guard, self._error, self._main = None, error, main
-            main.cancel()
-
-
-def _in_thread(call: Any, *args: Any) -> Any:
-    """Call in a thread of its own, in this context, and wait: asyncio loops do not nest."""
-    ended: List[Any] = []
-    errors: List[BaseException] = []
-
-    def target() -> None:
-        try:
-            ended.append(call(*args))
-        except BaseException as error:  # safety net: raised again below, in the thread that waits
-            errors.append(error)
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(target,), name="miniq-coroutine")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return ended[0]
-
-
-def _close_loop(loop: Any) -> None:
-    import asyncio  # loaded already: there is a loop
-
-    leftovers = asyncio.all_tasks(loop)
-    for task in leftovers:
-        task.cancel()
-    if leftovers:
-        loop.run_until_complete(asyncio.wait(leftovers, timeout=LEFTOVERS_S))
-    loop.run_until_complete(loop.shutdown_asyncgens())
-    loop.run_until_complete(loop.shutdown_default_executor())
-    loop.close()
-
-
-def is_coroutine_function(fun: Any) -> bool:
-    """Say whether `fun` is an ``async def``; without importing inspect."""
-    code = getattr(fun, "__code__", None) or getattr(getattr(fun, "__func__", None), "__code__", None)
-    return code is not None and bool(code.co_flags & _CO_COROUTINE)
-
-
 # -- small helpers -------------------------------------------------------------------------------
 
 _STANDARD_HEADERS = frozenset((*HEADER_NAMES, "compression"))
 _STANDARD_COUNT = len(_STANDARD_HEADERS)
 _NO_GUARD: "AbstractContextManager[None]" = nullcontext()
-_CO_COROUTINE = 0x80
 
 
 def _setting(task: Task, name: str, app: Any) -> Any:
@@ -912,26 +593,13 @@ def _reason(error: Reject) -> str:
     return str(error.reason) if isinstance(error.reason, str) else safe_repr(error.reason, 500)
 
 
-def format_traceback(error: BaseException) -> str:
-    """Return the traceback of `error` as bounded text, without the frames that led to the task's own.
-
-    Text from here on: a traceback object would keep every local of the failed task alive.
-    """
-    try:
-        tb = entry = error.__traceback__
-        while entry is not None:
-            file = entry.tb_frame.f_code.co_filename
-            if file == __file__:
-                tb = entry.tb_next
-            elif os.path.basename(os.path.dirname(file)) != "asyncio":  # which is between for a coroutine
-                break
-            entry = entry.tb_next
-        # Negative: the innermost frames, where it happened.
-        lines = traceback_module.format_exception(type(error), error, tb, limit=-MAX_TRACEBACK_FRAMES)
-        text = "".join(lines)
-    except Exception as broken:  # safety net: __str__ or __cause__ of a user's exception may do anything
-        text = f"{type(error).__name__}: (its traceback could not be written: {type(broken).__name__})\n"
-    if len(text) > MAX_TRACEBACK_CHARS:
-        half = MAX_TRACEBACK_CHARS // 2
-        text = f"{text[:half]}\n... {len(text) - 2 * half} characters cut ...\n{text[-half:]}"
-    return text
+__all__ = [
+    "ExceptionInfo",
+    "Execution",
+    "Outcome",
+    "Run",
+    "Runner",
+    "RunnerSpec",
+    "TaskRunner",
+    "ignores_result",
+]

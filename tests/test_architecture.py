@@ -34,7 +34,8 @@ FLOORS = {
             "codecs serialization message routing schedules",  # pure
             "loop connections",  # input and output
             "transports backends",  # stores
-            "result canvas task trace producer events control app",  # the app
+            "result canvas task runner coroutines einfo trace eager"
+            " registry shared producer events control app",
             "pools worker beat",  # execution
             "cli testing contrib __main__",  # entrances
         )

@@ -507,6 +507,15 @@ def test_worker_does_not_wait_long_for_the_lock(path: str) -> None:
     backend.close()
 
 
+def test_start_of_a_consumer_waits_for_the_lock(path: str) -> None:
+    transport = transport_of(path)
+    transport.consumer("first", [Queue("work")])
+    holder = hold_lock(path, 0.5)
+    transport.consumer("second", [Queue("work")])
+    end(holder)
+    transport.close()
+
+
 def test_reader_waits_for_an_exclusive_user_of_the_file(path: str) -> None:
     Database.open(path, Options()).close()
     holder = hold_lock(path, 0.5, "EXCLUSIVE")

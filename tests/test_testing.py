@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any, Callable, List
 
@@ -33,12 +34,36 @@ def test_tasks_run_while_the_block_runs_and_it_ends_quickly(app: MiniQ, pool: st
     began = time.monotonic()
     with start_worker(app, pool=pool) as worker:
         assert app.tasks["add"].delay(2, 3).get(timeout=10) == 5
-        if pool == "asyncio":
-            assert app.tasks["double"].delay(4).get(timeout=10) == 8
+        assert app.tasks["double"].delay(4).get(timeout=10) == 8
         assert worker.tasks.total["add"] == 1
     assert time.monotonic() - began < 1
     late = app.tasks["add"].delay(1, 1)
     assert late.state == "PENDING"
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_event_loops_of_async_tasks_are_closed_with_their_threads(app: MiniQ, pool: str) -> None:
+    loops: List[Any] = []
+    ended: List[str] = []
+
+    async def background() -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            ended.append("cancelled")
+
+    @app.task(name="note")
+    async def note() -> None:
+        loops.append((asyncio.get_running_loop(), asyncio.ensure_future(background())))
+        await asyncio.sleep(0)
+
+    with start_worker(app, pool=pool):
+        for _ in range(2):
+            note.delay().get(timeout=10)
+        assert loops[0][0] is loops[1][0]
+        assert not loops[0][0].is_closed()
+    assert loops[0][0].is_closed()
+    assert ended == ["cancelled"] * 2
 
 
 def test_arguments_and_signals_of_celerys_function_are_known(make_app: Callable[..., MiniQ]) -> None:

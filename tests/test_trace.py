@@ -20,6 +20,7 @@ import pytest
 from bench import HOSTNAME, Bench, body_of, changed, new_broker, run_of
 
 from miniq import MiniQ, Task, signals, states
+from miniq.einfo import MAX_TRACEBACK_CHARS
 from miniq.exceptions import (
     EncodeError,
     Ignore,
@@ -28,7 +29,7 @@ from miniq.exceptions import (
     Reject,
     SoftTimeLimitExceeded,
 )
-from miniq.trace import MAX_TRACEBACK_CHARS, TaskRunner
+from miniq.trace import TaskRunner
 
 
 def nope() -> Any:
@@ -923,6 +924,21 @@ def test_an_async_errback_is_run_at_once_too(app: MiniQ, bench: Bench) -> None:
     assert ran == ["one", "two"]
 
 
+def test_an_async_errback_of_a_lost_task_leaves_no_loop_in_the_workers_thread(
+    app: MiniQ, bench: Bench
+) -> None:
+    _, boom, _, _ = tasks_for_links(app)
+    loops: List[Any] = []
+
+    @app.task(name="errback")
+    async def errback(request: Any, exc: Any, traceback: Any) -> None:
+        loops.append(asyncio.get_running_loop())
+
+    opened: Any = bench.runner.open(run_of(bench.prepare(boom, link_error=errback.s())))
+    bench.runner.failure(opened.task, opened.request, OSError("gone"), None)
+    assert loops[0].is_closed()
+
+
 def test_a_bound_errback_is_sent_as_a_message(app: MiniQ, bench: Bench) -> None:
     _, boom, _, _ = tasks_for_links(app)
     ran: List[Any] = []
@@ -1126,6 +1142,66 @@ def test_a_coroutine_is_awaited_in_a_loop_that_stays(app: MiniQ, bench: Bench) -
     assert not loops[0].is_closed()
     bench.runner.process_shutdown(0)
     assert loops[0].is_closed()
+
+
+def test_a_thread_that_ends_closes_its_own_loop_alone(app: MiniQ, bench: Bench) -> None:
+    loops: List[Any] = []
+
+    @app.task(name="t")
+    async def note() -> None:
+        loops.append(asyncio.get_running_loop())
+
+    def other() -> None:
+        bench.call(note)
+        bench.runner.thread_exit()
+        assert loops[1].is_closed()
+        bench.call(note)
+        bench.runner.thread_exit()
+        bench.runner.thread_exit()
+
+    bench.call(note)
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert [loop.is_closed() for loop in loops] == [False, True, True]
+    bench.call(note)
+    assert loops[3] is loops[0]
+
+
+def test_an_error_while_a_loop_is_closed_is_logged_and_the_loop_closed(
+    app: MiniQ, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    loops: List[Any] = []
+
+    @app.task(name="t")
+    async def spoil() -> None:
+        loop: Any = asyncio.get_running_loop()
+        loops.append(loop)
+        loop.shutdown_asyncgens = None
+
+    assert bench.call(spoil).state == "SUCCESS"
+    bench.runner.thread_exit()
+    assert loops[0].is_closed()
+    assert "could not be ended" in caplog.text
+
+
+def test_loops_of_threads_nobody_keeps_are_closed_at_once(app: MiniQ, bench: Bench) -> None:
+    loops: List[Any] = []
+
+    async def note() -> None:
+        loops.append(asyncio.get_running_loop())
+
+    @app.task(name="t")
+    def plain() -> Any:
+        return note()
+
+    asyncio.run(bench.runner.run_async(run_of(bench.prepare(plain))))
+
+    async def nested() -> None:
+        bench.runner.run_coroutine(note())
+
+    asyncio.run(nested())
+    assert [loop.is_closed() for loop in loops] == [True, True]
 
 
 def test_what_a_coroutine_left_running_is_cancelled_at_the_end(app: MiniQ, bench: Bench) -> None:

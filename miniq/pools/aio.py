@@ -21,7 +21,7 @@ from typing import Any, Callable, Coroutine, Dict, Generator, List, Optional, Se
 
 from ..exceptions import SoftTimeLimitExceeded, Terminated, TimeLimitExceeded, WorkerLostError
 from ..loop import Loop, Timer
-from ..trace import Outcome, Runner, RunnerSpec
+from ..runner import Outcome, Runner, RunnerSpec
 from .base import Job, Lost, Pool, PoolOptions, signal_number
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured
 from ..loop import Loop
+from ..runner import Outcome, Run, RunnerSpec
 from ..text import import_object, nearest
-from ..trace import Outcome, Run, RunnerSpec
 
 #: pool name -> "module:Class", relative to this package.
 POOLS: Dict[str, str] = {

@@ -42,7 +42,7 @@ from typing import Any, List, Optional, Tuple
 
 from ..connections.starts import StartJournal
 from ..exceptions import SoftTimeLimitExceeded
-from ..trace import Outcome, Run, Runner, RunnerSpec
+from ..runner import Outcome, Run, Runner, RunnerSpec
 
 READY, FAILED, STARTED, DONE = 1, 2, 3, 4
 

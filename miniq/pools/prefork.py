@@ -41,8 +41,8 @@ from ..backends.base import StoredResult
 from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured, Terminated, TimeLimitExceeded, WorkerLostError
 from ..loop import Loop, Timer
+from ..runner import Outcome, RunnerSpec
 from ..signals import worker_before_create_process
-from ..trace import Outcome, RunnerSpec
 from .base import Job, Lost, Pool, PoolOptions, signal_number
 from .child import DONE, FAILED, READY, RECV_BYTES, STARTED, FrameReader, main, pack
 

@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 from ..exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from ..loop import Loop, Timer
-from ..trace import Outcome, RunnerSpec
+from ..runner import Outcome, RunnerSpec
 from .base import Job, Lost, Pool, PoolOptions
 from .threads import Abandoned, ThreadGuard, run_job
 
@@ -236,21 +236,24 @@ class SoloPool(Pool):
             previous = signal.signal(signal.SIGURG, self._on_signal)
         try:
             runner = self._spec.build()
-            runner.process_init()
-            self._loop.call_threadsafe(self._on_up)
-            while True:
-                item = self._inbox.get()
-                if item is None:
-                    break
-                job, guard = item
-                if job.wants_start:
-                    self._loop.call_threadsafe(self._on_started, job)
-                result: Union[Outcome, Lost] = Lost(WorkerLostError("Worker was interrupted"), 0, 0.0)
-                try:
-                    result = run_job(runner, job, guard)
-                finally:
-                    self._loop.call_threadsafe(self._on_done, job, result)
-            runner.process_shutdown(0)
+            try:
+                runner.process_init()
+                self._loop.call_threadsafe(self._on_up)
+                while True:
+                    item = self._inbox.get()
+                    if item is None:
+                        break
+                    job, guard = item
+                    if job.wants_start:
+                        self._loop.call_threadsafe(self._on_started, job)
+                    result: Union[Outcome, Lost] = Lost(WorkerLostError("Worker was interrupted"), 0, 0.0)
+                    try:
+                        result = run_job(runner, job, guard)
+                    finally:
+                        self._loop.call_threadsafe(self._on_done, job, result)
+                runner.process_shutdown(0)
+            finally:
+                runner.thread_exit()
         finally:
             if self._by_signal:
                 signal.signal(signal.SIGURG, previous or signal.SIG_DFL)

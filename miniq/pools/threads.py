@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 from ..exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from ..loop import Loop, Timer
-from ..trace import Outcome, Runner, RunnerSpec
+from ..runner import Outcome, Runner, RunnerSpec
 from .base import Job, Lost, Pool, PoolOptions
 
 logger = logging.getLogger(__name__)
@@ -275,6 +275,7 @@ class ThreadPool(Pool):
         job = self._take_job(slot)
         slot.abandoned = True
         self._abandoned.add(slot)
+        slot.inbox.put(None)  # its thread may have finished the job at this very moment and wait for another
         if guard is not None:
             guard.throw(Abandoned)
         self._see_whether_stopped()
@@ -307,16 +308,20 @@ class ThreadPool(Pool):
     # -- in a task's thread -------------------------------------------------------------------
 
     def _serve(self, slot: _Slot) -> None:
-        while not slot.abandoned:
-            item = slot.inbox.get()
-            if item is None:
+        try:
+            while not slot.abandoned:
+                item = slot.inbox.get()
+                if item is None:
+                    break
+                job, guard = item
+                if job.wants_start:
+                    self._loop.call_threadsafe(self._on_started, job)
+                result = run_job(self._runner, job, guard)
+                self._loop.call_threadsafe(self._on_done, slot, result)
+        finally:
+            self._runner.thread_exit()
+            if not slot.abandoned:
                 self._loop.call_threadsafe(self._on_ended, slot)
-                return
-            job, guard = item
-            if job.wants_start:
-                self._loop.call_threadsafe(self._on_started, job)
-            result = run_job(self._runner, job, guard)
-            self._loop.call_threadsafe(self._on_done, slot, result)
 
 
 def run_job(runner: Runner, job: Job, guard: Optional[ThreadGuard]) -> Union[Outcome, Lost]:

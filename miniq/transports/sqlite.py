@@ -376,7 +376,8 @@ class SQLiteConsumer(Consumer, Participant):
         transport._consumers.append(self)
         try:
             for queue in queues:
-                self.add_queue(queue)
+                # No loop turns yet that would stand still: a start may wait for the lock.
+                self._add_queue(queue, db.options.busy_timeout)
             self._look_after_unclean_stop()
         except BaseException:
             self.close()
@@ -744,8 +745,11 @@ class SQLiteConsumer(Consumer, Participant):
     # -- queues
 
     def add_queue(self, queue: Queue) -> None:
+        self._add_queue(queue, None)
+
+    def _add_queue(self, queue: Queue, timeout_s: Optional[float]) -> None:
         db = self._db
-        with db.transaction():
+        with db.transaction(timeout_s=timeout_s):
             self._transport.declare(queue)
             if queue.auto_delete or queue.expires is not None:
                 db.write(

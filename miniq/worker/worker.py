@@ -214,6 +214,10 @@ class Worker:
                 logger.warning(
                     "Purged %d messages from queue %s", self.transport.purge(queue.name), queue.name
                 )
+        mailbox = None
+        if app.conf.worker_enable_remote_control and self.transport.fanout:
+            mailbox = control_queue(self.hostname)
+            self.transport.declare(mailbox)
         consumer = self.transport.consumer(self.hostname, self.queues)
         consumer.delivery_limit = app.conf.task_delivery_limit
         self.tasks = TaskConsumer(
@@ -230,10 +234,8 @@ class Worker:
             self.time_limit,
             self.soft_time_limit,
         )
-        if app.conf.worker_enable_remote_control and self.transport.fanout:
-            queue = control_queue(self.hostname)
-            self.transport.declare(queue)
-            self.commands = CommandConsumer(self, loop, self.transport.consumer(self.hostname, [queue]))
+        if mailbox is not None:
+            self.commands = CommandConsumer(self, loop, self.transport.consumer(self.hostname, [mailbox]))
             self.commands.start()
         self._every(consumer.housekeep_interval_s, self._housekeep)
         self._every(CLEAN_UP_INTERVAL_S, self._clean_up)
@@ -241,6 +243,7 @@ class Worker:
             self._every(AUTOSCALE_INTERVAL_S, self._scale)
         self._housekeep()
         self.tasks.start()
+        logger.info("%s ready.", self.hostname)
         self.started.set()
         signals.worker_ready.send(sender=self)
 

@@ -28,7 +28,7 @@ from miniq.exceptions import SoftTimeLimitExceeded
 from miniq.loop import Loop
 from miniq.message import Message
 from miniq.pools.base import Job, Lost, Pool, PoolOptions, pool_class
-from miniq.trace import Outcome, Run
+from miniq.runner import Outcome, Run
 from miniq.transports.base import Publication
 
 #: Everything here must be over long before; a wait that reaches it is a failed test.
@@ -319,6 +319,9 @@ class TestRunner:
 
     def process_init(self) -> None:
         self._log("init")
+
+    def thread_exit(self) -> None:
+        self._log("thread exit")
 
     def process_shutdown(self, exitcode: int) -> None:
         self._log(f"shutdown {exitcode}")

@@ -18,7 +18,7 @@ from miniq.connections.starts import PLACES, StartJournal
 from miniq.exceptions import WorkerLostError
 from miniq.pools.base import Job
 from miniq.pools.prefork import AHEAD, PreforkPool
-from miniq.trace import Outcome
+from miniq.runner import Outcome
 
 pytestmark = pytest.mark.skipif(not PreforkPool.can_take_ahead, reason="nothing is taken ahead here")
 

@@ -12,7 +12,7 @@ from runners import Driver, value_of
 from waiting import wait_until
 
 from miniq.exceptions import TimeLimitExceeded, WorkerLostError
-from miniq.trace import Outcome
+from miniq.runner import Outcome
 
 
 @pytest.fixture

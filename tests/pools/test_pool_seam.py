@@ -16,7 +16,7 @@ from miniq.exceptions import ImproperlyConfigured, TimeLimitExceeded, WorkerLost
 from miniq.loop import Loop
 from miniq.message import Message
 from miniq.pools.base import Lost, PoolOptions, pool_class
-from miniq.trace import Outcome
+from miniq.runner import Outcome
 
 POOLS = ["prefork", "threads", "solo", "asyncio"]
 
@@ -262,13 +262,19 @@ def test_stop_called_again_moves_the_deadline(make: MakeDriver, name: str) -> No
     assert isinstance(driver.error(job), WorkerLostError)
 
 
-def test_runner_is_prepared_before_the_first_job_and_says_good_bye(make: MakeDriver, tmp_path: Any) -> None:
+def test_runner_is_prepared_before_the_first_job_and_says_good_bye(
+    make: MakeDriver, name: str, tmp_path: Any
+) -> None:
     log = tmp_path / "log"
     driver = make(1, spec=Spec(str(log)))
     pid = driver.call("pid")
     assert log.read_text() == f"{pid} init\n"
     driver.stop()
-    assert log.read_text() == f"{pid} init\n{pid} shutdown 0\n"
+    # A shutdown includes the exit of the thread that it is in.
+    said = {"threads": ["thread exit", "shutdown 0"], "solo": ["shutdown 0", "thread exit"]}
+    assert log.read_text().splitlines() == [
+        f"{pid} {text}" for text in ["init", *said.get(name, ["shutdown 0"])]
+    ]
 
 
 def test_cycles_of_start_and_stop_leave_nothing_behind(make: MakeDriver) -> None:

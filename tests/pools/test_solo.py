@@ -17,7 +17,7 @@ from miniq.exceptions import TimeLimitExceeded, WorkerLostError
 from miniq.loop import Loop
 from miniq.pools.base import Job, Lost, PoolOptions
 from miniq.pools.solo import SoloPool
-from miniq.trace import Outcome
+from miniq.runner import Outcome
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals between threads")
 

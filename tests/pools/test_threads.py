@@ -13,7 +13,7 @@ from waiting import wait_until
 
 from miniq.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from miniq.pools.threads import Abandoned, ThreadGuard
-from miniq.trace import Outcome
+from miniq.runner import Outcome
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ from miniq.loop import Loop
 from miniq.message import Delivery
 from miniq.pools.base import Lost
 from miniq.routing import Queue
+from miniq.runner import Outcome
 from miniq.times import to_epoch
-from miniq.trace import Outcome
 from miniq.transports.base import Publication
 
 #: Header by which a message is known from its publication to its end.

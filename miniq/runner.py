@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""The seam between pools and the running of tasks: a `Run` goes in, an `Outcome` comes back.
+
+Both are plain values that cross processes.  Pools know nothing else of tasks; the `Runner` that a
+`RunnerSpec` builds for them is `trace.TaskRunner`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol
+
+from .backends.base import StoredResult
+from .transports.base import Publication
+
+
+class Run(NamedTuple):
+    """What travels to the place where a task runs.  Plain values only: it crosses processes.
+
+    `delivery_info` is what the task sees as ``request.delivery_info``.
+    """
+
+    body: bytes
+    content_type: str
+    content_encoding: str
+    headers: Dict[str, Any]
+    properties: Dict[str, Any]
+    delivery_info: Dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What a run hands back, ready to be settled by the worker.
+
+    `state`      SUCCESS, FAILURE, RETRY, REVOKED, IGNORED or REJECTED
+    `results`    what to store: the task's own, and on failure those of the chain steps after it
+    `followups`  messages to publish: callbacks, the next chain step, a retry
+    `action`     "ack", "reject" (dead letter) or "requeue"; a broker sees it when late-acked
+    `reason`     for a reject: one line of text
+    `runtime_s`  how long the body took
+    """
+
+    state: str
+    results: "List[StoredResult]" = []  # noqa: RUF012 - never mutated
+    followups: "List[Publication]" = []  # noqa: RUF012 - never mutated
+    action: str = "ack"
+    reason: str = ""
+    runtime_s: float = 0.0
+
+
+class Runner(Protocol):
+    """What a pool gets to run tasks with, one per process."""
+
+    def process_init(self) -> None:
+        """Prepare this process or thread group; called once, before the first run."""
+
+    def run(self, run: Run, guard: "Optional[AbstractContextManager[Any]]" = None) -> Outcome:
+        """Run one task to its outcome; never raises but for a bug.
+
+        `guard` is entered around the task's own code only: the pool arms its soft limit in it.
+        """
+
+    async def run_async(self, run: Run, guard: "Optional[AbstractContextManager[Any]]" = None) -> Outcome:
+        """Do the same inside a running asyncio loop; cancelling it cancels the task's code."""
+
+    def thread_exit(self) -> None:
+        """Let go of what this thread holds; called in each thread that ran tasks, when it ends.
+
+        May be called again, and in a thread that ran none.
+        """
+
+    def process_shutdown(self, exitcode: int) -> None:
+        """Say good-bye; called once when the process ends in order.  Includes `thread_exit`."""
+
+
+class RunnerSpec(Protocol):
+    """How to build the `Runner` in another process; picklable, for spawned children."""
+
+    def build(self) -> Runner:
+        """Import what is needed and return the runner."""
