@@ -211,3 +211,48 @@ def test_waiters_for_many_results_use_few_queries(transport: SQLiteTransport, ur
     backend._database().connection.set_trace_callback(None)
     assert len(queries) <= 12
     backend.close()
+
+
+# -- the journal of starts
+
+
+def test_token_of_one_worker_means_nothing_for_the_next(
+    transport: SQLiteTransport, consumer: SQLiteConsumer, url: str
+) -> None:
+    put(transport, "a", "b")
+    journal = consumer.start_journal()
+    assert journal is not None
+    found = consumer.poll(2)
+    for delivery in found:
+        delivery.token = journal.token()
+    consumer.start(found)
+    consumer.release(found)
+    other = SQLiteTransport(url, {}, time.time)
+    second = other.consumer("second", [WORK])
+    assert second.start_journal() is not None
+    assert [delivery.deliveries for delivery in second.poll(2)] == [0, 0]
+    consumer._recover(second._owner, "second", time.time())
+    assert [delivery.deliveries for delivery in consumer.poll(2)] == [0, 0]
+    other.close()
+
+
+def test_started_messages_that_were_not_noted_go_back_and_the_others_are_lost(
+    transport: SQLiteTransport, consumer: SQLiteConsumer, url: str
+) -> None:
+    put(transport, "a", "b", "c")
+    other = SQLiteTransport(url, {}, time.time)
+    dying = other.consumer("dying", [WORK])
+    journal = dying.start_journal()
+    assert journal is not None
+    found = dying.poll(3)
+    for delivery in found:
+        delivery.early = True
+        delivery.token = journal.token()
+    dying.start(found)
+    journal.mark(found[1].token or 0)
+    consumer._recover(dying._owner, "dying", time.time())
+    consumer.housekeep()
+    fates = {d.message.headers["id"]: (d.fate, d.deliveries) for d in consumer.poll(3)}
+    assert fates == {"a": (None, 0), "b": ("lost", 1), "c": (None, 0)}
+    assert not Path(journal.path).exists()
+    other.close()

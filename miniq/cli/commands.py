@@ -170,8 +170,11 @@ def run_dead(app: Any, options: argparse.Namespace) -> int:
     """List, show, replay or drop dead letters."""
     transport = app.producer.transport
     if options.action in ("list", "show"):
-        letters = transport.dead_letters(options.limit)
+        letters = transport.dead_letters(1_000_000 if options.id else options.limit)
         if options.id:
+            unknown = set(options.id) - {letter.id for letter in letters}
+            if unknown:
+                raise MiniqError(f"no dead letter with id {', '.join(sorted(unknown))}")
             letters = [letter for letter in letters if letter.id in options.id]
         if options.json:
             print(json.dumps([_dead_as_dict(letter) for letter in letters], default=safe_repr))

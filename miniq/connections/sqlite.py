@@ -541,10 +541,13 @@ class Database:
             if mono > self._ports_until_mono:
                 self._ports.clear()
                 self._ports_until_mono = mono + 1.0
+            if not any(self._ports.values()):
+                # "Nobody" is remembered for a moment only: a worker may just be starting.
+                self._ports_until_mono = min(self._ports_until_mono, mono + 0.02)
             ports: Set[int] = set()
             for route in added:
                 found = self._ports.get(route)
-                if not found:  # "nobody" is not remembered: a worker may just be starting
+                if found is None:
                     found = self._ports[route] = self._ports_for(*route)
                 ports.update(found)
             for port in ports - seen:

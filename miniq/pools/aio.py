@@ -161,6 +161,7 @@ class AsyncioPool(Pool):
 
     can_terminate = True
     has_soft_limit = True
+    soft_limit_for_functions = False
     has_hard_limit = True
 
     def __init__(self, options: PoolOptions, spec: RunnerSpec) -> None:

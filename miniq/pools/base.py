@@ -103,6 +103,8 @@ class Pool:
     can_terminate = False
     has_soft_limit = False
     has_hard_limit = False
+    #: False where only a coroutine can be interrupted by its soft limit, not a plain function.
+    soft_limit_for_functions = True
     can_take_ahead = False
     #: True where tasks run in other processes than the worker.
     has_processes = False

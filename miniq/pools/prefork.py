@@ -337,6 +337,7 @@ class PreforkPool(Pool):
     def _give(self, job: Job, again: bool = False) -> None:
         # May raise: nothing has changed yet.
         frame = pack((tuple(job.run), job.soft_limit_s, job.wants_start, None, job.token))
+        job.permit = None  # it may have been sent ahead to another child before
         child = self._idle.pop()
         self._busy.add(child)
         child.job = job
@@ -443,6 +444,7 @@ class PreforkPool(Pool):
             self._busy.add(child)
             child.job = child.ahead.popleft()
             child.job.started_mono = self._loop.mono()
+            child.again = child.accepted = False
             child.jobs += 1
         elif child.retiring:
             self._retire(child)

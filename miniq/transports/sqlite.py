@@ -92,7 +92,7 @@ _FALL_DUE = (
     f" ORDER BY due LIMIT {BATCH})"
 )
 _NEXT_DUE = f"SELECT min(due) FROM messages INDEXED BY waiting WHERE state={WAITING}"
-_RESERVE = f"UPDATE messages SET state={RESERVED}, owner=? WHERE id=?"
+_RESERVE = f"UPDATE messages SET state={RESERVED}, owner=?, token=NULL WHERE id=?"
 _START_CLAIMED = "UPDATE messages SET state=?, token=?, owner=?, deliveries=deliveries+1 WHERE id=?"
 # A row number is used again when the last row is gone; together with `due` it is this message's.
 _OURS = " WHERE id=? AND owner=? AND due=?"
@@ -100,12 +100,13 @@ _START = "UPDATE messages SET state=?, token=?, deliveries=deliveries+1" + _OURS
 _DELETE = "DELETE FROM messages" + _OURS
 # Sent back on purpose: that is no loss, so it does not bring the message nearer to its limit.
 _REQUEUE = (
-    f"UPDATE messages SET state={READY}, owner=NULL, lost_by=NULL, due=?,"
+    f"UPDATE messages SET state={READY}, owner=NULL, token=NULL, lost_by=NULL, due=?,"
     " deliveries=min(deliveries, ?)" + _OURS
 )
-_DEFER = "UPDATE messages SET state=?, owner=NULL, due=?" + _OURS
+_DEFER = "UPDATE messages SET state=?, owner=NULL, token=NULL, due=?" + _OURS
 _RELEASE = (
-    f"UPDATE messages SET state=CASE WHEN lost_by IS NULL THEN {READY} ELSE {LOST} END, owner=NULL,"
+    f"UPDATE messages SET state=CASE WHEN lost_by IS NULL THEN {READY} ELSE {LOST} END,"
+    " owner=NULL, token=NULL,"
     f" deliveries=deliveries-(state IN ({STARTED_LATE}, {STARTED_EARLY}))" + _OURS
 )
 _BURY = (
@@ -345,7 +346,7 @@ class SQLiteTransport(Transport):
 class SQLiteConsumer(Consumer, Participant):
     """A worker's share of a SQLite file."""
 
-    poll_interval_s = 0.05
+    poll_interval_s = 0.1
 
     def __init__(
         self,
@@ -652,7 +653,8 @@ class SQLiteConsumer(Consumer, Participant):
             )
             changes = []
             for id_, state, deliveries, due, lost_by, queue, token in rows:
-                if token is not None and journal is not None and not journal.has_begun(token):
+                was_started = state in (STARTED_LATE, STARTED_EARLY)
+                if was_started and token is not None and journal and not journal.has_begun(token):
                     state, deliveries = RESERVED, deliveries - 1
                 may_run_again = state == RESERVED or (
                     state == STARTED_LATE and (not limit or deliveries < limit)
@@ -695,8 +697,10 @@ class SQLiteConsumer(Consumer, Participant):
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            # All that is marked as started then counts as started: none of it can start twice.
-            logger.warning("%r cannot be read (%s)", self._journal_path(owner), error)
+            logger.warning(
+                "%r cannot be used (%s): all that was marked as started counts as started",
+                self._journal_path(owner), error,
+            )  # fmt: skip
             return None
 
     def _journal_path(self, owner: int) -> str:

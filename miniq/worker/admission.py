@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional
 
 from .. import signals, states
 from ..backends.base import Backend
+from ..coroutines import is_coroutine_function
 from ..exceptions import (
     BackendError,
     ContentDisallowed,
@@ -247,7 +248,10 @@ class Admission:
     def _warn_of_limits(self, policy: TaskPolicy) -> None:
         """Say it when a limit of a task cannot be kept."""
         name, soft, hard, pool = policy.task.name, policy.soft_limit_s, policy.hard_limit_s, self.pool
-        for kept, limit, word in ((pool.has_soft_limit, soft, "soft"), (pool.has_hard_limit, hard, "hard")):
+        keeps_soft = pool.has_soft_limit and (
+            pool.soft_limit_for_functions or is_coroutine_function(policy.task.run)
+        )
+        for kept, limit, word in ((keeps_soft, soft, "soft"), (pool.has_hard_limit, hard, "hard")):
             if limit and not kept:
                 kind = type(pool).__name__
                 logger.warning(

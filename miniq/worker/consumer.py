@@ -229,7 +229,8 @@ class TaskConsumer:
                 ready.append(admitted)
             elif len(ahead) < beyond and admitted.may_go_ahead:
                 ahead.append(admitted)
-            elif keep > 0:
+            elif keep > 0 or admitted.policy.pace is not None:
+                # One with a rate limit has taken its turn by now: given back, it would wait for another.
                 keep -= 1
                 reserved.append(admitted)
             else:

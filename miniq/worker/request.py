@@ -114,6 +114,7 @@ class Request:
         """Say whether it may wait in a child behind another task."""
         return (
             self.policy.is_quick
+            and self.policy.pace is None
             and self.time_limit is None
             and self.soft_time_limit is None
             and not self.policy.track_started

@@ -189,3 +189,12 @@ def test_no_token_is_given_while_all_places_are_taken(tmp_path: Path) -> None:
     journal.free(tokens[7] or 0)
     assert journal.token() is not None
     journal.close()
+
+
+def test_journal_of_another_boot_is_not_believed(tmp_path: Path) -> None:
+    journal = StartJournal(str(tmp_path / "starts"), create=True)
+    journal.close()
+    with open(journal.path, "r+b") as file:
+        file.write(b"another boot")
+    with pytest.raises(ValueError, match="since this machine was started"):
+        StartJournal(journal.path)

@@ -29,6 +29,10 @@ SOURCE = """
     def quick(n):
         os.write(log, f"{n}\\n".encode())
 
+    @app.task(rate_limit="6/m")
+    def limited():
+        return time.time()
+
     @app.task
     def sometimes_long(seconds):
         time.sleep(seconds)
@@ -91,3 +95,13 @@ def test_short_tasks_do_not_wait_behind_one_that_turns_out_long(worker_process: 
     ends = [result.get(timeout=15) for result in short]
     assert max(ends) - begin < 2.5, "they ran while the long one did"
     assert results[20].get(timeout=15) - begin >= 3.0
+
+
+def test_rate_limited_task_among_quick_ones_does_not_lose_its_turn(worker_process: Any, client: Any) -> None:
+    producer = client.app.producer
+    quick = [producer.prepare("proj.quick", (n,), {}, {}).publication for n in range(1500)]
+    limited = producer.prepare("proj.limited", (), {}, {})
+    begin = time.time()
+    producer.transport.publish([*quick[:1000], limited.publication, *quick[1000:]], 10.0)
+    worker_process(SOURCE, "-c", "2", loglevel="WARNING")
+    assert client.app.AsyncResult(limited.task_id).get(timeout=9) - begin < 9, "the next turn is 10 s later"
