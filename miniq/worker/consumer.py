@@ -4,7 +4,7 @@
 Everything happens in *turns*, one transaction each:
 
     settle what finished  (follow-ups + results + ack)
-    take new messages, as many as there are free slots
+    take new messages, as many as there are free slots, some more while all of them are known to be quick
     decide: refuse, revoke, expire, put off (rate limit), or start        (see `admission`)
     mark the starting ones as started
     ---- commit ----
