@@ -466,10 +466,10 @@ class PreforkPool(Pool):
             free = set(child.permits_back.recv(256))
         except BlockingIOError:
             return
-        for job in [job for job in child.ahead if job.permit is not None and job.permit in free]:
+        for job in [job for job in child.ahead if job.permit in free]:
             child.ahead.remove(job)
             self._hand_back(job)
-        if child.job is not None and child.job.permit is not None and child.job.permit in free:
+        if child.job is not None and child.job.permit in free:
             # The one before it has ended, and the child did not get to this one (it is dead or stopped).
             job, child.job = child.job, None
             self._busy.discard(child)
@@ -490,11 +490,16 @@ class PreforkPool(Pool):
         if waiting:
             self._recall_timer = self._loop.call_later(RECALL_S, self._recall_late)
 
+    def _noted(self, job: Job) -> Optional[bool]:
+        """Return whether the journal says that a job has begun, None where it says nothing of it."""
+        if job.token is None or self._journal is None:
+            return None
+        return self._journal.has_begun(job.token)
+
     def _has_begun(self, child: _Child, job: Job) -> bool:
         """Say whether a job whose child has ended was begun; in doubt it was."""
-        if job.token is not None and self._journal is not None:
-            return self._journal.has_begun(job.token)
-        return not child.unread and child.unsent is None
+        noted = self._noted(job)
+        return not child.unread and child.unsent is None if noted is None else noted
 
     def _take_job(self, child: _Child) -> Optional[Job]:
         """Take the job off a child, and its time limits."""
@@ -794,9 +799,8 @@ class PreforkPool(Pool):
 
 
     def _has_accepted(self, child: _Child, job: Job) -> bool:
-        if job.token is not None and self._journal is not None:
-            return self._journal.has_begun(job.token)
-        return child.unsent is None and _peer_has_read_all(child.sock)
+        noted = self._noted(job)
+        return child.unsent is None and _peer_has_read_all(child.sock) if noted is None else noted
 
 
 def _signal(child: _Child, number: int) -> None:
