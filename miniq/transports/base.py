@@ -39,7 +39,14 @@ logger = logging.getLogger(__name__)
 #: URL scheme -> "module:Class", relative to this package.
 TRANSPORTS: Dict[str, str] = {
     "memory": ".memory:MemoryTransport",
+    "redis": ".redis:RedisTransport",
+    "rediss": ".redis:RedisTransport",
+    "redis+socket": ".redis:RedisTransport",
+    "sentinel": ".redis:RedisTransport",
     "sqlite": ".sqlite:SQLiteTransport",
+    "unix": ".redis:RedisTransport",
+    "valkey": ".redis:RedisTransport",
+    "valkeys": ".redis:RedisTransport",
 }
 
 
@@ -71,6 +78,22 @@ class DeadLetter(NamedTuple):
     message: Message
 
 
+class NotOurs(Exception):
+    """Some deliveries are not this worker's any more; nothing of the transaction was done.
+
+    Raised by `Consumer.poll`, `Consumer.start` or at the end of a transaction, where the broker cannot
+    tell at once.  `gone` went to others; `settled` had been settled before, by a step whose answer
+    got lost.
+    """
+
+    def __init__(
+        self, gone: Sequence[Optional[Delivery]], settled: Sequence[Optional[Delivery]] = ()
+    ) -> None:
+        super().__init__(f"{len(gone)} deliveries went to others, {len(settled)} were settled before")
+        self.gone = [delivery for delivery in gone if delivery is not None]
+        self.settled = [delivery for delivery in settled if delivery is not None]
+
+
 class Transport:
     """One thread's conversation with one broker.
 
@@ -84,6 +107,9 @@ class Transport:
     priority = False
     delay = False
     confirms = False
+    #: An exception undoes all of a transaction.  Where not, what was called before a `Consumer.poll` is
+    #: done by that poll, and stays done.
+    rolls_back = True
     #: Messages are in this process alone: no other process can consume them, not even a child.
     in_process_only = False
     #: How priorities sort here: "higher first" or "lower first".
@@ -172,6 +198,11 @@ class Consumer:
         """
         raise NotImplementedError
 
+    #: Set when `fileno` would be another one than it was: stop watching that, then ask for the new one.
+    moved = False
+    #: Set when something may have come that the descriptor does not tell of; the next `poll` clears it.
+    woken = False
+
     #: Seconds between two `changed` while idle; None = the descriptor alone is enough.
     poll_interval_s: Optional[float] = None
 
@@ -199,7 +230,10 @@ class Consumer:
         raise NotImplementedError
 
     def ack(self, delivery: Delivery) -> bool:
-        """End the delivery; False = it is not ours any more, drop its outcome."""
+        """End the delivery; False = it is not ours any more, drop its outcome.
+
+        Where the broker tells later, `NotOurs` is raised then.
+        """
         raise NotImplementedError
 
     def reject(self, delivery: Delivery, requeue: bool, reason: str = "rejected") -> bool:

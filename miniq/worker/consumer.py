@@ -12,7 +12,8 @@ Everything happens in *turns*, one transaction each:
 
 So nothing runs that the broker does not know to have started, no slot waits for a result to be
 stored, and whatever fails before the commit is as if it had not been tried: the turn is repeated
-with growing pauses.  What has to be settled stays listed until it is committed.
+with growing pauses.  What has to be settled stays listed until it is committed.  A broker that cannot
+undo commits a turn in two steps: what is settled when messages are taken, the rest at the end.
 
 While broker or result backend cannot be reached, nothing new is taken.  A settlement that fails for
 another reason is found by settling one by one (`_careful`), and then less of it is settled.
@@ -28,12 +29,13 @@ from ..backends.base import Backend
 from ..exceptions import BackendError, OperationalError, WorkerLostError
 from ..log import get_logger
 from ..loop import Loop, Timer
+from ..message import Delivery
 from ..pools.base import Job, Lost, Pool
 from ..trace import Outcome, TaskRunner, ignores_result
-from ..transports.base import Consumer, Transport
+from ..transports.base import Consumer, NotOurs, Transport
 from .admission import Admission
 from .request import Request
-from .settlement import Batch, Finished, NotOurs, Settler
+from .settlement import Batch, Finished, Settler
 
 logger = get_logger(__name__)
 
@@ -49,6 +51,24 @@ NO_LIMIT = 1000
 MOST_AHEAD = 64
 #: The wall clock may be set while a message waits to be due: it is looked at again this often.
 WALL_CLOCK_CHECK_S = 5.0
+
+
+class _Turn:
+    """What one turn settles, and how far it got."""
+
+    __slots__ = ("finished", "started", "returned", "batch", "is_settled", "settling_calls")
+
+    def __init__(
+        self, finished: List[Finished], started: List[Tuple[Request, int]], returned: List[Request]
+    ) -> None:
+        self.finished = finished
+        self.started = started
+        self.returned = returned
+        self.batch = Batch()
+        #: The settling is committed, whatever becomes of the rest.
+        self.is_settled = False
+        #: How many of the batch's calls belong to it.
+        self.settling_calls = 0
 
 
 class TaskConsumer:
@@ -143,46 +163,42 @@ class TaskConsumer:
     def turn(self) -> None:
         """Settle, take, start: one transaction (see the module)."""
         self._turn_due = False
-        finished = self._finished[:1] if self._careful else self._finished[:]
-        started = self._started[:]
+        turn = _Turn(
+            self._finished[:1] if self._careful else self._finished[:], self._started[:], self._returned[:]
+        )
         reserved = list(self.reserved)
-        returned = self._returned[:]
         ready: List[Request] = []
         ahead: List[Request] = []
-        batch = Batch()
+        batch = turn.batch
         asked = got = 0
         try:
             with self.transport.transaction():
-                if finished or started:
-                    self._settle(finished, started, batch)
-                if returned:
-                    self.consumer.release([request.delivery for request in returned])
+                if turn.finished or turn.started:
+                    self._settle(turn)
+                if turn.returned:
+                    self.consumer.release([request.delivery for request in turn.returned])
                 if not self.consuming:
                     self._give_back(reserved)
                 elif not self._careful:
-                    asked, got = self._take(reserved, ready, ahead, batch)
+                    asked, got = self._take(reserved, ready, ahead, turn)
         except Exception as error:  # named net: nothing was committed, so nothing is forgotten
             for request in ready + ahead:
                 self._free_token(request)
+            if turn.is_settled:
+                self._after_settling(turn)
+                del batch.after[turn.settling_calls :]
+                self._call_after(batch)
             if isinstance(error, NotOurs):
-                self._drop(error.requests)
+                self._drop(error)
             elif isinstance(error, OperationalError) or self._is_backend_away(error):
                 self._trouble(error)
             else:
-                self._contain(finished, error)
+                self._contain(turn.finished, error)
             return
         self._recovered(batch)
         self.reserved = deque(reserved)
-        for one in finished:
-            self._forget(one.request)
-        for request in returned:
-            self._forget(request)
-        del self._finished[: len(finished)], self._started[: len(started)], self._returned[: len(returned)]
-        if self._careful:
-            self._careful -= 1
-            self.schedule()
-        for call in batch.after:
-            self._call(call)
+        self._after_settling(turn)
+        self._call_after(batch)
         for request in ready:
             self._submit(request, self.pool.submit)
         for request in ahead:
@@ -191,25 +207,45 @@ class TaskConsumer:
         if self.on_idle is not None and self.settled:
             self.on_idle()
 
+    def _after_settling(self, turn: "_Turn") -> None:
+        """Forget what is settled and committed."""
+        for one in turn.finished:
+            self._forget(one.request)
+        for request in turn.returned:
+            self._forget(request)
+        del self._finished[: len(turn.finished)]
+        del self._started[: len(turn.started)], self._returned[: len(turn.returned)]
+        if self._careful and turn.finished:
+            self._careful -= 1
+            self.schedule()
+        turn.finished, turn.started, turn.returned = [], [], []
+
+    def _call_after(self, batch: Batch) -> None:
+        for call in batch.after:
+            self._call(call)
+
     def _reserve_room(self, reserved: int) -> int:
         """Return how many more messages may wait here for a free slot (`worker_prefetch_multiplier`)."""
         most = (self.prefetch_multiplier - 1) * self.concurrency if self.prefetch_multiplier else NO_LIMIT
         return max(0, most - reserved)
 
-    def _settle(self, finished: List[Finished], started: List[Tuple[Request, int]], batch: Batch) -> None:
-        for one in finished:
+    def _settle(self, turn: "_Turn") -> None:
+        batch = turn.batch
+        for one in turn.finished:
             batch.add(one)
-        if started:
+        if turn.started:
             ended = {id(one.request) for one in self._finished}
-            for request, pid in started:
+            for request, pid in turn.started:
                 if id(request) not in ended and not ignores_result(request.task, request.context()):
                     batch.results.append(self.settler.started_result(request, pid))
         batch.write(self.transport, self.backend, self.app.conf.task_publish_timeout)
 
     def _take(
-        self, reserved: List[Request], ready: List[Request], ahead: List[Request], batch: Batch
+        self, reserved: List[Request], ready: List[Request], ahead: List[Request], turn: "_Turn"
     ) -> Tuple[int, int]:
         """Take messages and decide; return how many were asked for and how many came."""
+        batch = turn.batch
+        settling_calls = len(batch.after)
         free = self.pool.free_slots
         while reserved and len(ready) < free:
             request = reserved.pop(0)
@@ -218,7 +254,11 @@ class TaskConsumer:
         keep = self._reserve_room(len(reserved))
         beyond = min(self._ahead, self.pool.ahead_slots)
         asked = free - len(ready) + keep + beyond
-        deliveries = self.consumer.poll(asked) if asked > 0 else []
+        deliveries: List[Delivery] = []
+        if asked > 0:
+            deliveries = self.consumer.poll(asked)
+            if not self.transport.rolls_back:
+                turn.is_settled, turn.settling_calls = True, settling_calls
         surplus: List[Request] = []
         admitted_all = True
         for delivery in deliveries:
@@ -293,12 +333,16 @@ class TaskConsumer:
     def _be_hungry(self) -> None:
         """There are free slots and no messages: watch for new ones."""
         consumer, loop = self.consumer, self.loop
-        if not self._hungry:
-            self._hungry = True
+        if consumer.moved and self._watched is not None:
+            loop.remove_reader(self._watched)
+            self._watched = None
+        if self._watched is None:
             fd = consumer.fileno()
             if fd is not None:
                 loop.add_reader(fd, self._on_readable)
                 self._watched = fd
+        if not self._hungry:
+            self._hungry = True
             if consumer.poll_interval_s is not None:
                 self._net = loop.call_later(consumer.poll_interval_s, self._look)
         if self._due is not None:
@@ -309,6 +353,8 @@ class TaskConsumer:
         except OperationalError as error:
             self._trouble(error)
             return
+        if consumer.woken:
+            self.schedule()
         if due is not None:
             self._due = loop.call_later(min(max(0.0, due - loop.now()), WALL_CLOCK_CHECK_S), self.schedule)
 
@@ -326,26 +372,34 @@ class TaskConsumer:
         self._net = self._due = None
 
     def _on_readable(self) -> None:
-        self.consumer.on_readable()
-        self.schedule()
+        try:
+            self.consumer.on_readable()
+        except OperationalError as error:
+            self._trouble(error)
+        else:
+            self.schedule()
 
     def _look(self) -> None:
         """The net under the descriptor: ask the store itself whether something changed."""
         self._net = None
         if not self._hungry:
             return
+        consumer = self.consumer
         try:
-            if self.consumer.changed():
+            if consumer.changed() or consumer.moved:
                 self.schedule()
         except OperationalError as error:
             self._trouble(error)
-        if self.consumer.poll_interval_s is not None:
-            self._net = self.loop.call_later(self.consumer.poll_interval_s, self._look)
+            return
+        if consumer.poll_interval_s is not None:
+            self._net = self.loop.call_later(consumer.poll_interval_s, self._look)
 
     # -- turns that fail
 
     def _trouble(self, error: Exception) -> None:
         """The broker did not take the turn: nothing of it happened; try again after a pause."""
+        # A broken descriptor would be ready all the time.
+        self._be_fed()
         mono = self.loop.mono()
         if self._trouble_since is None:
             self._trouble_since = mono
@@ -378,15 +432,25 @@ class TaskConsumer:
                 logger.warning("%s reached again after %.1f s.", self._trouble_told, away_s)
             self._trouble_since, self._trouble_told = None, ""
 
-    def _drop(self, gone: List[Request]) -> None:
+    def _drop(self, error: NotOurs) -> None:
         """Drop outcomes of messages that another worker has taken over; keep the rest."""
-        for request in gone:
-            logger.warning(
-                "Task %s was given to another worker meanwhile; its outcome here is dropped", request
-            )
-            self._forget(request)
-            self.settler.counts["lost"] += 1
-        self._finished = [one for one in self._finished if one.request not in gone]
+        gone = {id(delivery) for delivery in error.gone}
+        settled = {id(delivery) for delivery in error.settled}
+        kept: List[Finished] = []
+        for one in self._finished:
+            name = id(one.request.delivery)
+            if name in gone:
+                text = "Task %s was given to another worker meanwhile; its outcome here is dropped"
+                logger.warning(text, one.request)
+                self.settler.counts["lost"] += 1
+                self._forget(one.request)
+            elif name in settled:
+                self._forget(one.request)
+                if one.after is not None:
+                    self._call(one.after)
+            else:
+                kept.append(one)
+        self._finished = kept
         self._careful = min(self._careful, len(self._finished))
         self.schedule()
 

@@ -64,22 +64,32 @@ class CommandConsumer:
         self.consumer = consumer
         self._net: Optional[Timer] = None
         self._fd: Optional[int] = None
+        self._again: Optional[Timer] = None
 
     def start(self) -> None:
         """Begin to listen."""
-        fd = self._fd = self.consumer.fileno()
-        if fd is not None:
-            self.loop.add_reader(fd, self._on_readable)
         self._look_later()
         self._take()
 
     def close(self) -> None:
         """Stop listening; the queue goes with its worker."""
+        self._unwatch()
+        for timer in (self._net, self._again):
+            if timer is not None:
+                timer.cancel()
+        self.consumer.close()
+
+    def _watch(self) -> None:
+        if self._fd is None or self.consumer.moved:
+            self._unwatch()
+            fd = self._fd = self.consumer.fileno()
+            if fd is not None:
+                self.loop.add_reader(fd, self._on_readable)
+
+    def _unwatch(self) -> None:
         if self._fd is not None:
             self.loop.remove_reader(self._fd)
-        if self._net is not None:
-            self._net.cancel()
-        self.consumer.close()
+            self._fd = None
 
     def _look_later(self) -> None:
         if self.consumer.poll_interval_s is not None:
@@ -88,29 +98,44 @@ class CommandConsumer:
 
     def _look(self) -> None:
         try:
-            if self.consumer.changed():
+            if self.consumer.changed() or self.consumer.moved:
                 self._take()
         except OperationalError as error:
-            logger.debug("control queue: %s", error)
+            self._trouble(error)
         self._look_later()
 
     def _on_readable(self) -> None:
-        self.consumer.on_readable()
-        self._take()
+        try:
+            self.consumer.on_readable()
+        except OperationalError as error:
+            self._trouble(error)
+        else:
+            self._take()
 
     def _take(self) -> None:
         try:
             deliveries = self.consumer.poll(BATCH)
             for delivery in deliveries:
                 self.consumer.ack(delivery)
+            self._watch()
         except OperationalError as error:
-            logger.debug("control queue: %s", error)
-            self.loop.call_later(LOOK_INTERVAL_S, self._take)
+            self._trouble(error)
             return
         for delivery in deliveries:
             self._carry_out(delivery)
         if len(deliveries) == BATCH:
             self.loop.call_soon(self._take)
+
+    def _trouble(self, error: OperationalError) -> None:
+        """Look again soon; a broken descriptor would be ready all the time."""
+        logger.debug("control queue: %s", error)
+        self._unwatch()
+        if self._again is None:
+            self._again = self.loop.call_later(LOOK_INTERVAL_S, self._take_again)
+
+    def _take_again(self) -> None:
+        self._again = None
+        self._take()
 
     def _carry_out(self, delivery: Delivery) -> None:
         message = delivery.message

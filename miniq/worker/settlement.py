@@ -28,7 +28,7 @@ from ..pools.base import Lost
 from ..serialization import exception_to_dict
 from ..task import Context
 from ..trace import Outcome, TaskRunner, ignores_result
-from ..transports.base import Consumer, Publication, Transport, pause_after_loss_s
+from ..transports.base import Consumer, NotOurs, Publication, Transport, pause_after_loss_s
 from .request import Request
 
 logger = get_logger(__name__)
@@ -37,13 +37,6 @@ logger = get_logger(__name__)
 PROGRAM = "python -m " + (__package__ or "miniq.worker").rpartition(".")[0]
 
 Call = Callable[[], Any]
-
-
-class NotOurs(Exception):
-    """Raised inside a turn to undo it: some deliveries belong to another worker by now."""
-
-    def __init__(self, requests: List[Request]) -> None:
-        self.requests = requests
 
 
 class Finished:
@@ -95,13 +88,16 @@ class Batch:
             self.after.append(finished.after)
 
     def write(self, transport: Transport, backend: Backend, timeout_s: float) -> None:
-        """Do it, inside the turn's transaction; raises `NotOurs` at its end."""
+        """Do it, inside the turn's transaction; raises `NotOurs` at its end.
+
+        A second call does what was added since.
+        """
         if self.publications:
             transport.publish(self.publications, timeout_s)
         if self.results and backend.enabled:
             backend.store(self.results)
             self.stored = True
-        gone = [request for request, end in self.endings if not end() and request is not None]
+        gone = [request.delivery for request, end in self.endings if not end() and request is not None]
         self.publications, self.results, self.endings = [], [], []
         if gone:
             raise NotOurs(gone)
