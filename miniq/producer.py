@@ -297,9 +297,11 @@ class Producer:
         begun_mono = time.monotonic()
         try:
             transport = self.transport
+            left_s = timeout_s
             if queue is not None:
-                transport.declare(queue)
-            transport.publish((publication,), timeout_s)
+                transport.declare(queue, timeout_s)
+                left_s = max(0.001, begun_mono + timeout_s - time.monotonic())
+            transport.publish((publication,), left_s)
         except OperationalError as error:
             if not (conf.task_publish_retry if retry is None else retry):
                 raise
@@ -332,7 +334,7 @@ class Producer:
             try:
                 transport = self.transport
                 if prepared.queue is not None:
-                    transport.declare(prepared.queue)
+                    transport.declare(prepared.queue, max(0.001, deadline_mono - time.monotonic()))
                 transport.publish((prepared.publication,), max(0.001, deadline_mono - time.monotonic()))
                 return
             except OperationalError as again:

@@ -419,7 +419,7 @@ def test_one_deadline_bounds_all_attempts_together(flaky: Any) -> None:
             retry_policy={"max_retries": None, "interval_start": 0.01, "interval_step": 0},
         )
     assert time.monotonic() - begun < 5
-    assert Flaky.attempts[0] == 0.2
+    assert 0 < Flaky.attempts[0] <= 0.2
     assert all(later < earlier for earlier, later in zip(Flaky.attempts, Flaky.attempts[1:]))
 
 
@@ -481,7 +481,7 @@ def test_after_close_the_app_connects_again(sqlite_url: str) -> None:
 def test_brokers_are_chosen_by_their_url(app: MiniQ) -> None:
     app.conf.broker_write_url = "memory://write"
     assert (app.broker_url(write=True), app.broker_url()) != (app.broker_url(), app.broker_url(write=True))
-    for url in ("redis://localhost", "amqp://guest:s3cret@localhost"):
+    for url in ("kafka://localhost", "amqp://guest:s3cret@localhost"):
         app.conf.broker_write_url = url
         with pytest.raises(ImproperlyConfigured) as caught:
             app.producer.new_transport(write=True)

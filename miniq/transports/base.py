@@ -122,8 +122,11 @@ class Transport:
         """
         raise NotImplementedError
 
-    def declare(self, queue: Queue) -> None:
-        """Create `queue` with its exchange and bindings; cheap when already done here."""
+    def declare(self, queue: Queue, timeout_s: Optional[float] = None) -> None:
+        """Create `queue` with its exchange and bindings; cheap when already done here.
+
+        Takes at most `timeout_s`, None = as the store is configured.
+        """
         raise NotImplementedError
 
     def publish(self, publications: Sequence[Publication], timeout_s: float) -> None:

@@ -72,7 +72,7 @@ class MemoryTransport(Transport):
             self._broker.check_process()
         return self._broker
 
-    def declare(self, queue: Queue) -> None:
+    def declare(self, queue: Queue, timeout_s: Optional[float] = None) -> None:
         if queue.expires is None and not queue.auto_delete:
             known = self._declared.get(queue.name)
             if (known is queue or known == queue) and queue.name in self.broker.queues:

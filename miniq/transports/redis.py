@@ -21,6 +21,7 @@ import logging
 import os
 import re
 from contextlib import AbstractContextManager
+from time import monotonic
 from typing import (
     Any,
     Callable,
@@ -29,6 +30,7 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    Optional,
     Sequence,
     Set,
     Tuple,
@@ -81,7 +83,7 @@ class RedisTransport(Transport):
 
     # -- declare and publish
 
-    def declare(self, queue: Queue) -> None:
+    def declare(self, queue: Queue, timeout_s: Optional[float] = None) -> None:
         known = self._declared.get(queue.name)
         if (known is queue or known == queue) and self._pid == os.getpid():
             return
@@ -109,8 +111,8 @@ class RedisTransport(Transport):
                 commands.append(("HSET", layout.exchanges, exchange.name, exchange.type))
             self._types[exchange.name] = exchange.type
         commands.append(("HSET", layout.queues, queue.name, _encode(settings)))
-        with self.link.using() as connection:
-            pipeline(connection, commands)
+        with self.link.using(timeout_s) as connection:
+            pipeline(connection, commands, timeout_s)
         if lasting:
             self._declared[queue.name] = queue
 
@@ -128,8 +130,10 @@ class RedisTransport(Transport):
         if len(publications) == 1 and not first.exchange and session is None and not self._consumers:
             message, _, queue = first
             item = encode_envelope(message, "", queue, new_tag(wall()))
+            begun_mono = monotonic()
             with self.link.server.borrow(timeout_s) as connection:
-                connection.call("LPUSH", layout.list_for(queue, message.priority), item, timeout_s=timeout_s)
+                left_s = begun_mono + timeout_s - monotonic()
+                connection.call("LPUSH", layout.list_for(queue, message.priority), item, timeout_s=left_s)
             return
         routes: Dict[Tuple[str, str], List[str]] = {}
         for _, exchange, routing_key in publications:

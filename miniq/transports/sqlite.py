@@ -146,7 +146,7 @@ class SQLiteTransport(Transport):
             db = self._db = Database.open(self._path, self._options)
         return db
 
-    def declare(self, queue: Queue) -> None:
+    def declare(self, queue: Queue, timeout_s: Optional[float] = None) -> None:
         known = self._declared.get(queue.name)
         if known is queue or known == queue:
             return
@@ -161,7 +161,7 @@ class SQLiteTransport(Transport):
         if lasting and self._is_declared(db, queue, bindings):
             self._declared[queue.name] = queue
             return
-        with db.transaction():
+        with db.transaction(timeout_s=timeout_s):
             db.write(
                 "INSERT INTO queues(name, auto_delete, expires, message_ttl, used) VALUES(?, ?, ?, ?, ?)"
                 " ON CONFLICT(name) DO UPDATE SET auto_delete=excluded.auto_delete, expires=excluded.expires,"
