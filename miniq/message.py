@@ -95,11 +95,12 @@ class Delivery:
     `token`      set by the worker for a message handed to a child ahead of its turn (see
                  `Consumer.start_journal`)
     `lost_by`    with fate "lost": node name of the worker that died
+    `redelivered`  the broker says that it was handed out before, started or not
     """
 
     __slots__ = (
         "message", "tag", "queue", "exchange", "routing_key", "deliveries", "fate", "early",
-        "token", "lost_by",
+        "token", "lost_by", "redelivered",
     )  # fmt: skip
 
     def __init__(
@@ -123,6 +124,7 @@ class Delivery:
         self.early = False
         self.token: Optional[int] = None
         self.lost_by = lost_by
+        self.redelivered = False
 
     def __repr__(self) -> str:
         return f"<Delivery {self.tag!r} from {self.queue}: {self.message!r}>"
@@ -134,7 +136,7 @@ class Delivery:
             "exchange": self.exchange,
             "routing_key": self.routing_key,
             "priority": self.message.priority,
-            "redelivered": self.deliveries > 0,
+            "redelivered": self.redelivered or self.deliveries > 0,
         }
 
 

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import signal
 import textwrap
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
+from servers import RedisServer
 from workers import TELL_READY, Program, WorkerProcess, children_of, environment
 
 from miniq import MiniQ, _state
@@ -22,6 +25,9 @@ KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserve
 
 #: Seconds for a test, generously: one that hangs fails then, and the run goes on.
 HARD_LIMIT_S = 150.0
+#: Databases of the shared redis-server, given to tests in turn.
+REDIS_DATABASES = 64
+_redis_databases = itertools.cycle(range(REDIS_DATABASES))
 #: Lines for the end of the run: what was measured and is not asserted.
 TOLD = pytest.StashKey[List[str]]()
 
@@ -105,6 +111,43 @@ def _forget_apps() -> None:
 def sqlite_url(tmp_path: Path) -> str:
     """The URL of a SQLite file of this test."""
     return f"sqlite:///{tmp_path}/queue.db"
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """The redis-server of all tests that neither stop it nor change its configuration."""
+    folder = tmp_path_factory.mktemp("redis")
+    with RedisServer(folder, arguments=["--databases", str(REDIS_DATABASES)]) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> Iterator[str]:
+    """The URL of a database of the shared server, empty, and of this test alone.
+
+    Pub/sub knows no databases: what is published there, all clients of the server can hear.
+    """
+    db = next(_redis_databases)
+    redis_server.command("FLUSHDB", db=db)
+    yield redis_server.url(db)
+    redis_server.command("FLUSHDB", db=db)
+    # Shown by pytest when the test failed.
+    print(f"--- {redis_server}:\n{redis_server.log[-2000:]}")
+
+
+@pytest.fixture
+def new_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RedisServer]]:
+    """Start servers for this test alone: ``new_redis(**options of RedisServer)``."""
+    with ExitStack() as at_the_end:
+
+        def start(**options: Any) -> RedisServer:
+            # Not in tmp_path, whose name may be too long for a Unix socket.
+            server = RedisServer(tmp_path_factory.mktemp("redis"), **options)
+            at_the_end.callback(lambda: print(f"--- {server}:\n{server.log}"))
+            at_the_end.callback(server.stop)
+            return server.start()
+
+        yield start
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
+from waiting import wait_until
 from workers import ROOT, Program, environment, processes
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -65,4 +66,8 @@ def test_example_runs_from_the_clone_and_leaves_nothing_behind(
     assert "Traceback" not in example.log
     assert set(clone.rglob("*")) == before
     assert list(scratch.iterdir()) == []
-    assert not [row for row in processes() if example.pid in (row.group, row.session)]
+    # A helper process of multiprocessing ends a moment after its parent.
+    wait_until(
+        lambda: not [row for row in processes() if example.pid in (row.group, row.session)],
+        what="all its processes have ended",
+    )

@@ -26,6 +26,17 @@ BACKENDS: Dict[str, str] = {
     "memory": ".memory:MemoryBackend",
     "cache+memory": ".memory:MemoryBackend",
     "sqlite": ".sqlite:SQLiteBackend",
+    "file": ".files:FileBackend",
+    "memcache": ".cache:MemcachedBackend",
+    "cache+memcached": ".cache:MemcachedBackend",
+    "redis": ".redis:RedisBackend",
+    "rediss": ".redis:RedisBackend",
+    "redis+socket": ".redis:RedisBackend",
+    "unix": ".redis:RedisBackend",
+    "sentinel": ".redis:RedisBackend",
+    "valkey": ".redis:RedisBackend",
+    "valkey+socket": ".redis:RedisBackend",
+    "valkeys": ".redis:RedisBackend",
 }
 
 

@@ -11,10 +11,10 @@ and take, one to mark what starts.
 Where a message is while an owner (a worker's consumer) holds it:
 
     unacked             hash  id -> [envelope, "", queue]: what Celery's workers restore
-    unacked_index       zset  id -> epoch seconds at which the owner's lease ends, unless it is renewed
+    unacked_index       zset  id -> epoch seconds at which the owner's lease ends, unless it is renewed;
+                              Celery's workers go by it, so one that was acknowledged at its start is
+                              not in it: nobody may run that again
     _miniq.held.OWNER   hash  id -> state, token, length of the value's tail, list it came from
-    _miniq.early.OWNER  hash  id -> value, for those that were acknowledged at their start: they are in
-                              neither of the first two, so that nobody runs them again
 
 States: r reserved, l started (late ack), e started (early ack).  An id is OWNER:number.  A Celery
 worker that finds a lease long over puts the message back, and then it is not the owner's any more.
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from .redis import Connection, Options, Part, ReplyError, Script, Server
 
@@ -34,46 +34,36 @@ Op = Tuple[Part, ...]
 #: Messages that one claim takes at most.
 MOST_CLAIMED = 500
 
-#: ARGV: prefix, number of operations, then each as code, number of arguments, arguments; then the claim.
+#: ARGV: prefix, number of operations, number of groups; each operation as code, number of arguments,
+#: arguments; each group (`Settle`) as owner, three counts, ids, tokens of those that start; the claim.
 #: Reply: ids that are not their owner's any more, and if there are none what was claimed.
 #:
 #:     store KEY BODY PX STATE       a result, where its state may replace what is there
 #:     do COMMAND ...                any command
-#:     end OWNER ID                  it is settled
-#:     late|early OWNER ID TOKEN     it starts, to be acknowledged late or now
 #:     back OWNER ID                 to where it is taken from next
 #:     park OWNER ID KEY DUE         into a sorted set until it is due
 #:     drop OWNER ID                 away
 #:     swap OWNER ID COMMAND ...     away, and the command instead
 #:     dead KEY                      nothing at all is done if this key exists: its owner lives
 #:
-#: `end`, `late` and `early` must find the message to be its owner's; the others pass over it.
+#: Operations pass over messages that are not the owner's any more; groups must not hold such a one.
 RUN = Script(
     """
 local call = redis.call
 local unacked, index, prefix = KEYS[1], KEYS[2], ARGV[1]
-local held, early = prefix .. '_miniq.held.', prefix .. '_miniq.early.'
+local held = prefix .. '_miniq.held.'
 local FINAL = {SUCCESS = true, FAILURE = true, REVOKED = true}
 
 local function remove(owner, id, state)
   call('HDEL', held .. owner, id)
-  if string.byte(state) == 101 then
-    call('HDEL', early .. owner, id)
-  else
-    call('HDEL', unacked, id)
-    call('ZREM', index, id)
-  end
+  call('HDEL', unacked, id)
+  if string.byte(state) ~= 101 then call('ZREM', index, id) end
 end
 
 local function find(owner, id)
   local state = call('HGET', held .. owner, id)
   if not state then return nil end
-  local value
-  if string.byte(state) == 101 then
-    value = call('HGET', early .. owner, id)
-  else
-    value = call('HGET', unacked, id)
-  end
+  local value = call('HGET', unacked, id)
   local tail, list = string.match(state, '^%a%d*|(%d+)|(.*)$')
   return state, value and string.sub(value, 2, -1 - tail), list
 end
@@ -82,7 +72,8 @@ local function state_of(key, value)
   local state = string.match(value, '^{"status": "([^"]*)"')
   if state then return state end
   if string.sub(value, 1, 19) == '\\0celery-compressed\\0' then
-    return call('GET', '_miniq.state.' .. key) or ''
+    -- One of Celery's does not tell: only what is final may replace it.
+    return call('GET', '_miniq.state.' .. key) or 'FAILURE'
   end
   local at = string.find(value, 'status', 1, true)
   local near = at and string.sub(value, at + 6, at + 46) or ''
@@ -112,42 +103,40 @@ local function store(key, body, px, state)
   call('PUBLISH', key, body)
 end
 
-local ops = tonumber(ARGV[2])
+local ops, groups = tonumber(ARGV[2]), tonumber(ARGV[3])
 local gone = {}
-local at = 3
+local at = 4
 for _ = 1, ops do
-  local code = ARGV[at]
-  if code == 'end' or code == 'late' or code == 'early' then
-    local state = call('HGET', held .. ARGV[at + 2], ARGV[at + 3])
-    if not state or (string.byte(state) ~= 101 and call('HEXISTS', unacked, ARGV[at + 3]) == 0) then
-      gone[#gone + 1] = ARGV[at + 3]
-    end
-  elseif code == 'dead' and call('EXISTS', ARGV[at + 2]) == 1 then
-    gone[#gone + 1] = 'alive'
-  end
+  if ARGV[at] == 'dead' and call('EXISTS', ARGV[at + 2]) == 1 then gone[1] = 'alive' end
   at = at + 2 + ARGV[at + 1]
 end
+-- What is to be settled and started, of one owner each: is all of it still the owner's?
+local settled = {}
+for n = 1, groups do
+  local owner, ends = ARGV[at], tonumber(ARGV[at + 1])
+  local late, early = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
+  local first, last = at + 4, at + 3 + ends + late + early
+  local states = call('HMGET', held .. owner, unpack(ARGV, first, last))
+  local scores = call('ZMSCORE', index, unpack(ARGV, first, last))
+  for m = 1, #states do
+    if not states[m] or (string.byte(states[m]) ~= 101 and not scores[m]) then
+      gone[#gone + 1] = ARGV[first + m - 1]
+    end
+  end
+  settled[n] = {owner, ends, late, first, states}
+  at = last + 1 + late + early
+end
 if #gone > 0 then return {gone} end
+local claim = at
 
-at = 3
+at = 4
 for _ = 1, ops do
-  local code, count, owner, id = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
-  local last = at + 1 + count
-  if code == 'end' then
-    remove(owner, id, call('HGET', held .. owner, id))
-  elseif code == 'do' then
+  local code, owner, id = ARGV[at], ARGV[at + 2], ARGV[at + 3]
+  local last = at + 1 + ARGV[at + 1]
+  if code == 'do' then
     call(unpack(ARGV, at + 2, last))
   elseif code == 'store' then
     store(ARGV[at + 2], ARGV[at + 3], ARGV[at + 4], ARGV[at + 5])
-  elseif code == 'early' then
-    local rest = string.match(call('HGET', held .. owner, id), '|.*$')
-    call('HSET', early .. owner, id, call('HGET', unacked, id))
-    call('HSET', held .. owner, id, 'e' .. ARGV[at + 4] .. rest)
-    call('HDEL', unacked, id)
-    call('ZREM', index, id)
-  elseif code == 'late' then
-    local rest = string.match(call('HGET', held .. owner, id), '|.*$')
-    call('HSET', held .. owner, id, 'l' .. ARGV[at + 4] .. rest)
   elseif code ~= 'dead' then
     -- These do nothing where the message is not the owner's any more.
     local state, item, list = find(owner, id)
@@ -163,19 +152,41 @@ for _ = 1, ops do
   at = last + 1
 end
 
+for n = 1, groups do
+  local owner, ends, late, first, states = unpack(settled[n])
+  local there, changed = {}, {}
+  for m = 1, #states do
+    local id, is_early = ARGV[first + m - 1], string.byte(states[m]) == 101
+    if m > ends then
+      local token = ARGV[first + #states + m - ends - 1]
+      changed[#changed + 1] = id
+      changed[#changed + 1] = (m <= ends + late and 'l' or 'e') .. token .. string.match(states[m], '|.*$')
+    end
+    -- An early one may have left the index by a step whose answer got lost.
+    if not is_early and (m <= ends or m > ends + late) then there[#there + 1] = id end
+  end
+  if ends > 0 then
+    call('HDEL', held .. owner, unpack(ARGV, first, first + ends - 1))
+    call('HDEL', unacked, unpack(ARGV, first, first + ends - 1))
+  end
+  if #changed > 0 then call('HSET', held .. owner, unpack(changed)) end
+  if #there > 0 then call('ZREM', index, unpack(there)) end
+end
+
+at = claim
 local limit = tonumber(ARGV[at] or 0)
 if limit == 0 then return {gone} end
 local owner, number, lease, now = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
 local track, lists = ARGV[at + 5], tonumber(ARGV[at + 6])
 at = at + 6
 
--- What is due goes where it is taken from, the earliest last, so that it is taken first.
+-- What is due goes where it is taken from, the latest first, so that the earliest is taken first.
 local next_due = false
 for n = 3 + lists, #KEYS do
   local first = call('ZRANGE', KEYS[n], 0, 0, 'WITHSCORES')
   while first[2] and tonumber(first[2]) <= tonumber(now) do
-    local due = call('ZRANGE', KEYS[n], '-inf', now, 'BYSCORE', 'LIMIT', 0, 500)
-    for m = #due, 1, -1 do
+    local due = call('ZRANGE', KEYS[n], now, '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, 500)
+    for m = 1, #due do
       local cut = string.find(due[m], '\\0', 1, true)
       call('RPUSH', string.sub(due[m], 1, cut - 1), string.sub(due[m], cut + 1))
       call('ZREM', KEYS[n], due[m])
@@ -264,10 +275,6 @@ class Layout:
         """Return the hash of what the owner holds."""
         return f"{self.prefix}_miniq.held.{owner}"
 
-    def early(self, owner: str) -> str:
-        """Return the hash of what the owner runs and has acknowledged."""
-        return f"{self.prefix}_miniq.early.{owner}"
-
     def bindings(self, exchange: str) -> Tuple[str, str]:
         """Return Celery's sets of the bindings of an exchange."""
         return (
@@ -298,9 +305,23 @@ class Claimed(NamedTuple):
     items: List[Tuple[int, bytes]]
 
 
+class Settle:
+    """What is settled (`ends`) and what starts, of one owner: ids, and (id, token) pairs."""
+
+    __slots__ = ("ends", "late", "early")
+
+    def __init__(self) -> None:
+        self.ends: List[str] = []
+        self.late: List[Tuple[str, Part]] = []
+        self.early: List[Tuple[str, Part]] = []
+
+
 def store_op(key: str, body: bytes, expires_s: Optional[float], state: str) -> Op:
     """Return the operation that writes a result where its state may replace what is there."""
     return ("store", key, body, "" if expires_s is None else max(1, int(expires_s * 1000)), state)
+
+
+NO_SETTLES: Mapping[str, Settle] = {}
 
 
 def run_ops(
@@ -309,17 +330,23 @@ def run_ops(
     timeout_s: Optional[float] = None,
     layout: Optional[Layout] = None,
     claim: Optional[Claim] = None,
+    settles: Mapping[str, Settle] = NO_SETTLES,
 ) -> Tuple[List[bytes], Claimed]:
     """Run operations, then a claim; return what of the operations is not its owner's, and the catch.
 
     If there is such an id, nothing was done.  Stores need no `layout`.
     """
     keys: List[Part] = ["unacked", "unacked_index"] if layout is None else [layout.unacked, layout.index]
-    args: List[Part] = ["" if layout is None else layout.prefix, len(ops)]
+    args: List[Part] = ["" if layout is None else layout.prefix, len(ops), len(settles)]
     for op in ops:
         args.append(op[0])
         args.append(len(op) - 1)
         args += op[1:]
+    for owner, settle in settles.items():
+        args += (owner, len(settle.ends), len(settle.late), len(settle.early), *settle.ends)
+        starts = settle.late + settle.early
+        args += [id_ for id_, _ in starts]
+        args += [token for _, token in starts]
     if claim is not None:
         keys += claim.lists
         keys += claim.parked
@@ -364,6 +391,8 @@ class Session:
         self.server = server
         self.depth = 0
         self.ops: List[Op] = []
+        #: Owner -> what of it is settled and started.
+        self.settles: Dict[str, Settle] = {}
         self._key: Optional[Tuple[Any, ...]] = None
 
     @classmethod
@@ -376,16 +405,43 @@ class Session:
         self._key = (os.getpid(), threading.get_ident(), self.server.key)
         _open[self._key] = self
 
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self.ops.clear()
+        self.settles.clear()
+
     def close(self) -> None:
         """Stop collecting; what was not sent is forgotten."""
-        self.ops.clear()
+        self.clear()
         if self._key is not None:
             _open.pop(self._key, None)
             self._key = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Say whether nothing was collected."""
+        return not (self.ops or self.settles)
+
     def add(self, op: Op) -> None:
         """Have it done at the next step."""
         self.ops.append(op)
+
+    def settle(self, owner: str) -> Settle:
+        """Return what is settled and started of an owner at the next step, to be added to."""
+        found = self.settles.get(owner)
+        if found is None:
+            found = self.settles[owner] = Settle()
+        return found
+
+    def forget_start(self, owner: str, id_: str) -> None:
+        """Do not start what is settled or given back in the same step."""
+        found = self.settles.get(owner)
+        if found is None or not (found.late or found.early):
+            return
+        found.late = [pair for pair in found.late if pair[0] != id_]
+        found.early = [pair for pair in found.early if pair[0] != id_]
+        if not (found.ends or found.late or found.early):
+            del self.settles[owner]
 
 
 _open: Dict[Tuple[Any, ...], Session] = {}

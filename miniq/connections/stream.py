@@ -15,7 +15,6 @@ inherited streams are closed without a word: closing a descriptor there says not
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import select
 import socket
@@ -60,9 +59,11 @@ class TLS(NamedTuple):
     ciphers: Optional[str] = None
 
 
-@functools.lru_cache(maxsize=64)
 def tls_context(tls: TLS) -> "ssl.SSLContext":
-    """Return the context for `tls`; `ImproperlyConfigured` names a file that cannot be used."""
+    """Return a context for `tls`; `ImproperlyConfigured` names a file that cannot be used.
+
+    Made for each connection, so that certificates which were renewed on the disk are used.
+    """
     import ssl  # 2 MB and 15 ms, for those who use TLS
 
     try:
@@ -168,7 +169,7 @@ class Stream:
         left_s = deadline_mono - monotonic()
         limit_s = self._limit_s
         if not limit_s * 0.98 <= left_s <= limit_s:
-            self._limit(left_s)
+            self._limit(left_s, "sending")
         try:
             if self._fd >= 0:
                 # Saves the `poll` before each `send`: a command nearly always fits into the buffer.
@@ -188,7 +189,7 @@ class Stream:
             with memoryview(data) as left:
                 at = 0
                 while at < len(left):
-                    self._limit(deadline_mono - monotonic())
+                    self._limit(deadline_mono - monotonic(), "sending")
                     # In pieces: TLS gives the whole time to each record of what it gets at once.
                     at += self._socket.send(left[at : at + SEND_BYTES])
         except OSError as error:
@@ -199,7 +200,7 @@ class Stream:
         left_s = deadline_mono - monotonic()
         limit_s = self._limit_s
         if not limit_s * 0.98 <= left_s <= limit_s:
-            self._limit(left_s)
+            self._limit(left_s, "waiting for the answer")
         try:
             data = self._socket.recv(RECV_BYTES)
         except OSError as error:
@@ -241,9 +242,9 @@ class Stream:
         """Return the descriptor; it is valid until `close`."""
         return self._socket.fileno()
 
-    def _limit(self, left_s: float) -> None:
+    def _limit(self, left_s: float, doing: str) -> None:
         if left_s <= 0:
-            raise OperationalError(f"{self.name}: the time for it was over")
+            raise OperationalError(f"{self.name}: {doing}: the time for it was over")
         # A little more than is left: the next call with the same timeout will do with it.
         self._limit_s = left_s * 1.01
         try:

@@ -18,7 +18,7 @@ through `on_back` instead, and has not begun.
 from __future__ import annotations
 
 import signal
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured
@@ -151,8 +151,8 @@ class Pool:
         """How many short jobs without limits may be submitted ahead of a free slot; 0 = this pool cannot."""
         return 0
 
-    def submit_ahead(self, job: Job) -> None:
-        """Run `job` (it has a `token` and `on_back`) behind one that runs, unless it is taken back."""
+    def submit_ahead(self, jobs: Sequence[Job]) -> None:
+        """Run `jobs` (they have a `token` and `on_back`) behind some that run, unless they are taken back."""
         raise NotImplementedError
 
     def terminate(self, job: Job, signal_name: str = "SIGTERM") -> bool:

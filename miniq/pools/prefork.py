@@ -35,7 +35,7 @@ import traceback
 import weakref
 from collections import deque
 from functools import partial
-from typing import Any, Callable, Deque, Dict, List, Optional, Set
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Set
 
 from ..backends.base import StoredResult
 from ..connections.starts import StartJournal
@@ -68,7 +68,7 @@ QUICK_DEATH_S = 1.0
 MAX_BACKOFF_S = 30.0
 
 #: How many jobs a child may be sent ahead, and how long they wait behind one before they are taken back.
-AHEAD = 8
+AHEAD = 32
 RECALL_S = 0.02
 #: A larger job is not sent ahead (bytes): it might not fit into the link at once.
 AHEAD_BYTES = 16384
@@ -233,28 +233,35 @@ class PreforkPool(Pool):
         up = (child for child in self._children if child.ready_mono is not None and not child.retiring)
         return sum(AHEAD - len(child.ahead) for child in up)
 
-    def submit_ahead(self, job: Job) -> None:
-        """Send `job` to the busy child with the fewest jobs before it, or back where none can take it."""
-        best: Optional[_Child] = None
-        for child in self._busy:
-            takes = child.unsent is None and not child.retiring and child.link_lost is None
-            if takes and len(child.ahead) < (AHEAD if best is None else len(best.ahead)):
-                best = child
-        if best is None or len(job.run.body) > AHEAD_BYTES:
-            self._hand_back(job)
-            return
-        permit = best.last_permit = (best.last_permit + 1) % 256
-        frame = pack((tuple(job.run), None, False, permit, job.token))
-        try:
-            best.permits.send(bytes((permit,)))
-        except OSError:
-            self._hand_back(job)  # it is gone; reading its link will say so
-            return
-        job.permit = permit
-        job.slot = best
-        best.ahead.append(job)
-        self._send(best, frame)
-        if self._recall_timer is None:
+    def submit_ahead(self, jobs: Sequence[Job]) -> None:
+        """Send `jobs` to the busy children with the fewest before them, or back where none can take one."""
+        frames: Dict[_Child, List[bytes]] = {}
+        for job in jobs:
+            best: Optional[_Child] = None
+            for child in self._busy:
+                takes = child.unsent is None and not child.retiring and child.link_lost is None
+                if takes and len(child.ahead) < (AHEAD if best is None else len(best.ahead)):
+                    best = child
+            if best is None or len(job.run.body) > AHEAD_BYTES:
+                self._hand_back(job)
+                continue
+            best.last_permit = (best.last_permit + 1) % 256
+            frame = pack((tuple(job.run), None, False, best.last_permit, job.token))
+            job.permit = best.last_permit
+            job.slot = best
+            best.ahead.append(job)
+            frames.setdefault(best, []).append(frame)
+        for child, packed in frames.items():
+            sent = list(child.ahead)[-len(packed) :]
+            try:
+                child.permits.send(bytes(job.permit for job in sent if job.permit is not None))
+            except OSError:  # it is gone; reading its link will say so
+                for job in sent:
+                    child.ahead.remove(job)
+                    self._hand_back(job)
+                continue
+            self._send(child, b"".join(packed))
+        if frames and self._recall_timer is None:
             self._recall_timer = self._loop.call_later(RECALL_S, self._recall_late)
 
     def terminate(self, job: Job, signal_name: str = "SIGTERM") -> bool:

@@ -205,9 +205,14 @@ class RedisTransport(Transport):
     # -- consumers
 
     def consumer(self, node: str, queues: Iterable[Queue]) -> RedisConsumer:
-        consumer = RedisConsumer(self.link, self.declare, node, queues, self._consumers.remove)
+        consumer = RedisConsumer(self.link, self.declare, node, queues, self._forget)
         self._consumers.append(consumer)
         return consumer
+
+    def _forget(self, consumer: RedisConsumer) -> None:
+        # One that could not be made is not among them.
+        if consumer in self._consumers:
+            self._consumers.remove(consumer)
 
     # -- looking and mending
 

@@ -96,6 +96,8 @@ class Held:
             self.let_go()
             if self.list:
                 self.consumer.returning.append(self.id)
+            else:
+                self.consumer.hear_again(self)
 
 
 class RedisConsumer(Consumer):
@@ -190,7 +192,7 @@ class RedisConsumer(Consumer):
             return ears
         if ears is not None:
             self._retired.append(ears)
-        ears = self._ears = self._link.server.connect(self._link.options.socket_connect_timeout, self.node)
+        ears = self._ears = self._link.connect(self.node)
         self._use(ears)
         self._subscribe(ears, self._queues.values())
         if not self._lists and self.poll_interval_s == NET_INTERVAL_S:
@@ -298,8 +300,18 @@ class RedisConsumer(Consumer):
             else:
                 ears.take_pushes()
         found = self._take_heard(limit, now)
-        if not self._lists:
-            return [held.delivery for held in found if held.delivery is not None]
+        if self._lists and len(found) < limit:
+            try:
+                with self._link.transaction():
+                    self._take_waiting(found, limit, now)
+            except BaseException:
+                # What was taken and is not known here, the server will tell.
+                self.in_doubt = True
+                raise
+        return [held.delivery for held in found if held.delivery is not None]
+
+    def _take_waiting(self, found: List[Held], limit: int, now: float) -> None:
+        """Fill up `found` from the lists."""
         ops: List[Op] = []
         asked = limit - len(found)
         for _ in range(ROUNDS):
@@ -315,20 +327,23 @@ class RedisConsumer(Consumer):
                 break
             # Where nothing but what is not due comes, it is taken out of the way in larger portions.
             asked = limit - len(found) if good else 200
-        surplus = found[limit:]
-        for held in reversed(surplus):
+        else:
+            # There may be more behind; others shall have their turn first.
+            self.woken = True
+        for held in reversed(found[limit:]):
             ops.append(("back", self.owner, held.id))
             held.let_go()
+        del found[limit:]
         if ops:
-            self._do(ops)
-        return [held.delivery for held in found[:limit] if held.delivery is not None]
+            # Now: were it left to the transaction, its end by an exception would leave them with nobody.
+            self._link.step(ops=ops)
 
     def _claim(self, limit: int, ops: List[Op], now: float) -> Tuple[List[Held], bool, bool]:
         """Take messages; return them, whether anything is revoked, and whether there may be more."""
         link = self._link
         if self.in_doubt:
             self._look_for_strays()
-        returning = [("back", self.owner, id_) for id_ in reversed(self.returning)]
+        returning = self._returning_ops()
         if len(self._queues) > 1:
             self._turns += 1
             self._arrange()
@@ -340,7 +355,6 @@ class RedisConsumer(Consumer):
         try:
             claimed = link.step(claim, [*returning, *ops])
         except OperationalError:
-            self.in_doubt = True
             # The numbers of what may have been taken are not used again.
             self._number += limit
             raise
@@ -356,13 +370,17 @@ class RedisConsumer(Consumer):
             taken.append(held)
         return taken, claimed.any_revoked, len(taken) == limit
 
+    def _returning_ops(self) -> List[Op]:
+        """Return what puts them back, the last one first, so that each comes to its old place."""
+        return [("back", self.owner, id_) for id_ in sorted(self.returning, key=_number_of, reverse=True)]
+
     def _look_for_strays(self) -> None:
         """Find what the server has as ours and we do not know of: answers got lost."""
         with self._link.using() as connection:
             ids = [name.decode() for name in connection.call("HKEYS", self._layout.held(self.owner))]
         known = {*self.held, *self.returning}
         strays = [id_ for id_ in ids if id_ not in known]
-        self.returning += sorted(strays, key=_number_of)
+        self.returning += strays
         self.in_doubt = False
         if strays:
             logger.info("%d messages were taken without this worker hearing of it and go back", len(strays))
@@ -383,6 +401,7 @@ class RedisConsumer(Consumer):
             found.message, held, found.queue if held.list == self._layout.lost else queue, found.exchange,
             found.routing_key, found.starts, fate, found.lost_by,
         )  # fmt: skip
+        held.delivery.redelivered = found.redelivered
 
     def _is_good(self, held: Held, now: float, ops: List[Op]) -> bool:
         """Say whether it may be handed out; else `ops` gets what is done with it."""
@@ -400,11 +419,12 @@ class RedisConsumer(Consumer):
                 self._see_due(due)
                 held.let_go()
                 return False
-        if found.published is not None:
-            assert held.delivery is not None
-            queue = self._queues.get(held.delivery.queue)
-            ttl = None if queue is None else queue.message_ttl
-            begun = max(found.published, 0.0 if eta is None else _moment(message))
+        assert held.delivery is not None
+        queue = self._queues.get(held.delivery.queue)
+        ttl = None if queue is None else queue.message_ttl
+        published = found.published if ttl is not None or "expiration" in message.properties else None
+        if published is not None:
+            begun = max(published, 0.0 if eta is None else due_at(message, 0.0))
             if (ttl is not None and begun + ttl <= now) or has_died(message, begun, now):
                 ops.append(("drop", self.owner, held.id))
                 held.let_go()
@@ -449,8 +469,14 @@ class RedisConsumer(Consumer):
                     heapq.heappush(self._heard_later, (due, self._number, held))
                     continue
             held.state = Held.HERE
+            self._link.take(held)
             found.append(held)
         return found
+
+    def hear_again(self, held: Held) -> None:
+        """Told by a message of a fanout exchange: it comes next."""
+        self._heard.appendleft(held)
+        self.woken = True
 
     def _queue_of(self, exchange: str) -> str:
         for name, queue in self._queues.items():
@@ -461,18 +487,22 @@ class RedisConsumer(Consumer):
     # -- settling
 
     def start(self, deliveries: Sequence[Delivery]) -> None:
-        ops: List[Op] = []
-        touched = []
+        link = self._link
+        session = link.session
+        if session is None:
+            with link.transaction():
+                self.start(deliveries)
+            return
         for delivery in deliveries:
             held = self._mine(delivery)
             if held is None:
-                raise NotOurs([delivery], [])
+                raise NotOurs([delivery])
             held.starts = (0 if held.found is None else held.found.starts) + 1
             if held.list:
-                token = "" if delivery.token is None else delivery.token
-                ops.append(("early" if delivery.early else "late", self.owner, held.id, token))
-                touched.append(held)
-        self._do(ops, touched)
+                settle = session.settle(self.owner)
+                starts = settle.early if delivery.early else settle.late
+                starts.append((held.id, "" if delivery.token is None else delivery.token))
+                link.touch(held)
 
     def _mine(self, delivery: Delivery) -> Optional[Held]:
         held = delivery.tag
@@ -491,19 +521,22 @@ class RedisConsumer(Consumer):
         held = self._mine(delivery)
         if held is None:
             return False
-        ops: List[Op] = [("do", *command) for command in commands]
-        if not held.list:
+        session = self._link.session
+        if session is None:
+            try:
+                with self._link.transaction():
+                    return self._end(delivery, *commands)
+            except NotOurs as error:
+                return bool(error.settled)
+        for command in commands:
+            session.add(("do", *command))
+        if held.list:
+            held.state = Held.ENDING
+            session.forget_start(self.owner, held.id)
+            session.settle(self.owner).ends.append(held.id)
+            self._link.touch(held)
+        else:
             held.state = Held.GONE
-            self._do(ops)
-            return True
-        held.state = Held.ENDING
-        inside = self._link.in_transaction
-        try:
-            self._do([("end", self.owner, held.id), *ops], [held])
-        except NotOurs as error:
-            if inside:
-                raise
-            return bool(error.settled)
         return True
 
     def ack(self, delivery: Delivery) -> bool:
@@ -516,13 +549,18 @@ class RedisConsumer(Consumer):
         if held is None:
             return False
         if not held.list:
+            held.let_go()
             self._heard.append(held)
             return True
         starts = held.starts
         if self.delivery_limit:
             # Sent back on purpose: that is no loss, it does not bring it nearer to its limit.
             starts = min(starts, self.delivery_limit - 1)
-        return self._end(delivery, ("LPUSH", held.list, held.counted_item(starts)))
+        key = held.list
+        if key == self._layout.lost:
+            # It is lost no more.
+            key = self._layout.list_for(delivery.queue, delivery.message.priority)
+        return self._end(delivery, ("LPUSH", key, held.counted_item(starts)))
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
         ops: List[Op] = []
@@ -531,9 +569,12 @@ class RedisConsumer(Consumer):
             held = self._mine(delivery)
             if held is not None and held.list:
                 held.state = Held.ENDING
+                if self._link.session is not None:
+                    self._link.session.forget_start(self.owner, held.id)
                 ops.append(("back", self.owner, held.id))
                 touched.append(held)
             elif held is not None:
+                held.let_go()
                 self._heard.appendleft(held)
         if ops:
             self._do(ops, touched)
@@ -543,6 +584,7 @@ class RedisConsumer(Consumer):
         if held is None:
             return False
         if not held.list:
+            held.let_go()
             self._number += 1
             heapq.heappush(self._heard_later, (until, self._number, held))
             return True
@@ -578,8 +620,7 @@ class RedisConsumer(Consumer):
             self._due_known = False
             self.woken = True
         if self.returning:
-            ops: List[Op] = [("back", self.owner, id_) for id_ in reversed(self.returning)]
-            self._do(ops)
+            self._do(self._returning_ops())
             self.returning.clear()
 
     # -- queues
@@ -645,7 +686,3 @@ def _first_score(found: Any) -> Optional[float]:
     if not found or isinstance(found, Exception):
         return None
     return float(found[0][1] if isinstance(found[0], list) else found[1])
-
-
-def _moment(message: Message) -> float:
-    return due_at(message, 0.0)

@@ -30,8 +30,7 @@ _LAST_MS = 1 << 45
 class Envelope(NamedTuple):
     """A list item, taken apart.
 
-    `starts` counts how often it was started before, `lost_by` names the worker that died with it,
-    `published` is when it was sent (epoch seconds), where its tag tells that.
+    `starts` counts how often it was started before, `lost_by` names the worker that died with it.
     """
 
     message: Message
@@ -41,7 +40,12 @@ class Envelope(NamedTuple):
     starts: int
     lost_by: str
     queue: str
-    published: Optional[float]
+    redelivered: bool
+
+    @property
+    def published(self) -> Optional[float]:
+        """When it was sent (epoch seconds), where its tag tells that."""
+        return published_at(self.tag)
 
 
 def encode_envelope(
@@ -111,14 +115,14 @@ def decode_envelope(data: bytes) -> Envelope:
     if type(priority) is not int:
         wire["priority"] = 0
     return Envelope(
-        Message.from_envelope({**found, "headers": headers, "properties": wire}, raw),
+        Message(raw, _text(found.get("content-type")), _text(found.get("content-encoding")), headers, wire),
         _text(info.get("exchange")),
         _text(info.get("routing_key")),
         _text(tag),
         starts if type(starts) is int and starts > 0 else 0,
         _text(own.get("lost_by")),
         _text(own.get("queue")),
-        published_at(_text(tag)),
+        info.get("redelivered") is True,
     )
 
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Callable, Iterator, List, Optional, Protocol, Sequence
 
 from ..connections.redis import Connection, Options, Server
-from ..connections.redis_session import Claim, Claimed, Layout, Op, Session, run_ops
-from ..exceptions import OperationalError
+from ..connections.redis_session import NO_SETTLES, Claim, Claimed, Layout, Op, Session, run_ops
+from ..exceptions import ImproperlyConfigured, OperationalError
 from ..message import Delivery
 from .base import NotOurs
 
@@ -70,6 +70,7 @@ class Link:
         self._server: Optional[Server] = None
         self._pid = 0
         self._own: Optional[Connection] = None
+        self._was_let_in = False
         self._session: Optional[Session] = None
         #: What the next step of the open transaction settles or starts, and what was taken in it.
         self._touched: List[HeldMessage] = []
@@ -86,13 +87,26 @@ class Link:
             self._own = None
         return self._server
 
+    def connect(self, name: str) -> Connection:
+        """Return a new connection; who was let in before takes a refusal for something that passes.
+
+        A password that is being changed must not cost a worker the outcomes it keeps.
+        """
+        try:
+            made = self.server.connect(self.options.socket_connect_timeout, name)
+        except ImproperlyConfigured as error:
+            if self._was_let_in:
+                raise OperationalError(str(error)) from error
+            raise
+        self._was_let_in = True
+        return made
+
     def connection(self) -> Connection:
         """Return the worker's own connection, made anew where it broke."""
-        server = self.server
-        own = self._own
+        own = self._own if self.is_in_its_process else None
         if own is None or own.broken:
             name = self.consumers[0].node if self.consumers else ""
-            self._own = server.connect(self.options.socket_connect_timeout, name)
+            self._own = self.connect(name)
             for consumer in self.consumers:
                 consumer.on_connection(own, self._own)
             if own is not None and not any(consumer.shares for consumer in self.consumers):
@@ -136,7 +150,7 @@ class Link:
         session.depth += 1
         try:
             yield
-            if session.depth == 1 and session.ops:
+            if session.depth == 1 and not session.is_empty:
                 self.step()
         except BaseException:
             if session.depth == 1:
@@ -153,7 +167,7 @@ class Link:
     def _undo(self) -> None:
         for held in self._touched:
             held.undo()
-        for held in self._taken:
+        for held in reversed(self._taken):
             held.give_back()
 
     @property
@@ -196,10 +210,13 @@ class Link:
         Raises `NotOurs`, and then nothing was done.
         """
         session = self._session
-        todo = [*ops, *session.ops] if session is not None else ops
+        todo: Sequence[Op] = ops
+        settles = NO_SETTLES
+        if session is not None:
+            todo, settles = [*ops, *session.ops], session.settles
         with self.using() as connection:
             try:
-                gone, claimed = run_ops(connection, todo, None, self.layout, claim)
+                gone, claimed = run_ops(connection, todo, None, self.layout, claim, settles)
             except OperationalError:
                 for held in self._touched:
                     held.doubt()
@@ -216,7 +233,7 @@ class Link:
         if claim is None and any(op[0] in _PUSHING for op in todo):
             self.tell_consumers()
         if session is not None:
-            session.ops.clear()
+            session.clear()
         for held in self._touched:
             held.done()
         self._touched.clear()

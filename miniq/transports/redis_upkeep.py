@@ -181,7 +181,7 @@ class Ownership:
                 values = pipeline(
                     connection,
                     [
-                        ("HGET", layout.early(owner) if state[0] == "e" else layout.unacked, id_)
+                        ("HGET", layout.unacked, id_)
                         for id_, state in part
                     ],
                 )
@@ -198,7 +198,7 @@ class Ownership:
                 self.leave(connection, queue, owner, now)
             end: List[Op] = [
                 ("do", "HDEL", layout.owners, owner),
-                ("do", "UNLINK", layout.held(owner), layout.early(owner)),
+                ("do", "UNLINK", layout.held(owner)),
             ]
             run_ops(connection, guards + end, None, layout)
         if journal is not None and owner != self.owner:
@@ -224,6 +224,9 @@ class Ownership:
         except ValueError:
             return ("back", owner, id_)
         starts = found.starts + 1
+        if found.lost_by:
+            item = counted(found, starts, found.lost_by, found.queue)
+            return ("swap", owner, id_, "RPUSH", list_, item)
         if kind == "e" or (limit and starts >= limit):
             return ("swap", owner, id_, "LPUSH", layout.lost, counted(found, starts, node, queue))
         item = counted(found, starts)

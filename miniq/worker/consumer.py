@@ -200,9 +200,9 @@ class TaskConsumer:
         self._after_settling(turn)
         self._call_after(batch)
         for request in ready:
-            self._submit(request, self.pool.submit)
-        for request in ahead:
-            self._submit(request, self.pool.submit_ahead)
+            self._submit([request], self._submit_one)
+        if ahead:
+            self._submit(ahead, self.pool.submit_ahead)
         self._watch(asked, got)
         if self.on_idle is not None and self.settled:
             self.on_idle()
@@ -480,12 +480,29 @@ class TaskConsumer:
 
     # -- run
 
-    def _submit(self, request: Request, submit: Callable[[Job], None]) -> None:
+    def _submit(self, requests: List[Request], submit: Callable[[List[Job]], None]) -> None:
+        jobs = [self._make_job(request) for request in requests]
+        try:
+            submit(jobs)
+        except Exception as error:  # named net: the tasks are started by the broker's books, so they must end
+            for request, job in zip(requests, jobs):
+                logger.exception("Task %s cannot be handed to the pool", request)
+                self._done(request, job, Lost(WorkerLostError(f"not handed to the pool: {error}"), 0, 0.0))
+            return
+        if self.admission.revoked:
+            for request in requests:
+                if request.id in self.admission.revoked:
+                    self.revoke_running(request, "SIGTERM")
+
+    def _submit_one(self, jobs: List[Job]) -> None:
+        self.pool.submit(jobs[0])
+
+    def _make_job(self, request: Request) -> Job:
         self.running[id(request)] = request
         name = request.name
         self.total[name] = self.total.get(name, 0) + 1
         request.time_start = self.loop.now()
-        request.job = Job(
+        job = request.job = Job(
             request.run(),
             partial(self._done, request),
             partial(self._on_start, request) if request.policy.track_started else None,
@@ -494,16 +511,7 @@ class TaskConsumer:
             partial(self._back, request),
             request.delivery.token,
         )
-        try:
-            submit(request.job)
-        except Exception as error:  # named net: the task is started by the broker's books, so it must end
-            logger.exception("Task %s cannot be handed to the pool", request)
-            self._done(
-                request, request.job, Lost(WorkerLostError(f"not handed to the pool: {error}"), 0, 0.0)
-            )
-            return
-        if self.admission.revoked and request.id in self.admission.revoked:
-            self.revoke_running(request, "SIGTERM")
+        return job
 
     def _on_start(self, request: Request, job: Job, pid: int) -> None:
         request.pid = pid

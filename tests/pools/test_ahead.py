@@ -46,7 +46,7 @@ class AheadDriver(Driver):
 
     def ahead(self, name: str, *args: Any) -> Job:
         job = self.with_token(name, *args)
-        self.pool.submit_ahead(job)
+        self.pool.submit_ahead([job])
         return job
 
     def settled(self, jobs: List[Job]) -> None:

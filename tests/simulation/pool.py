@@ -9,7 +9,7 @@ checked here.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Callable, Deque, List, Optional, Union
+from typing import Any, Callable, Deque, List, Optional, Sequence, Union
 
 from simulation.seams import NUMBER, SimTransport
 from simulation.world import CRASH, ROUNDING_S, Copy, World
@@ -118,7 +118,11 @@ class SimPool(Pool):
         slot.job, job.slot = job, slot
         slot.timer = self.loop.call_later(world.pools.choice((0.0, 0.001, 0.02)), self._begin, slot)
 
-    def submit_ahead(self, job: Job) -> None:
+    def submit_ahead(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._send_ahead(job)
+
+    def _send_ahead(self, job: Job) -> None:
         world = self.world
         world.strike(self.who, "committed, not given to the pool yet", CRASH)
         self._check_moment(job)
