@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any, Callable, List
 
+from measuring import rate_of_drain, show
+
 HUEY_APP = """
 import os
 from huey import SqliteHuey
@@ -45,7 +47,7 @@ def nothing(x, y):
 """
 
 
-def run(folder: str, scale: float, show: Callable[..., None]) -> None:
+def run(folder: str, scale: float) -> None:
     sys.path.insert(0, folder)
     for name, source, bench in (("huey", HUEY_APP, _huey), ("celery", CELERY_APP, _celery)):
         try:
@@ -55,18 +57,7 @@ def run(folder: str, scale: float, show: Callable[..., None]) -> None:
             continue
         with open(os.path.join(folder, f"peer_{name}.py"), "w") as file:
             file.write(source)
-        bench(folder, scale, show)
-
-
-def _rate_of(left: Callable[[], int], n: int) -> float:
-    """Tasks per second between 90 % and 10 % of `n` left."""
-    deadline = time.monotonic() + 120
-    while left() > n * 0.9 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    begin, at = left(), time.perf_counter()
-    while left() > n * 0.1 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return (begin - left()) / (time.perf_counter() - at)
+        bench(folder, scale)
 
 
 def _consumer(args: List[str], folder: str) -> "subprocess.Popen[bytes]":
@@ -83,7 +74,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _huey(folder: str, scale: float, show: Callable[..., None]) -> None:
+def _huey(folder: str, scale: float) -> None:
     n = max(1000, int(6000 * scale))
     for fsync in ("1", "0"):
         word = "fsync" if fsync == "1" else "no fsync"
@@ -105,13 +96,13 @@ def _huey(folder: str, scale: float, show: Callable[..., None]) -> None:
             )
             try:
                 results = "no results" if task == "nothing" else "results"
-                rate = _rate_of(peer_huey.huey.storage.queue_size, n)
+                rate = rate_of_drain(peer_huey.huey.storage.queue_size, n)
                 show(f"huey: drain, 2 processes, {word}, {results}", f"{rate:,.0f}/s")
             finally:
                 _stop(process)
 
 
-def _celery(folder: str, scale: float, show: Callable[..., None]) -> None:
+def _celery(folder: str, scale: float) -> None:
     n = max(300, int(1500 * scale))
     os.environ["CELERY_FILE"] = os.path.join(folder, "celery.db")
     import peer_celery  # type: ignore[import-not-found]
@@ -124,7 +115,7 @@ def _celery(folder: str, scale: float, show: Callable[..., None]) -> None:
     left = _celery_left(os.environ["CELERY_FILE"])
     process = _consumer([sys.executable, "-m", "celery", "-A", "peer_celery", "worker", "-c", "2"], folder)
     try:
-        show("celery: drain, prefork 2, no results", f"{_rate_of(left, n):,.0f}/s")
+        show("celery: drain, prefork 2, no results", f"{rate_of_drain(left, n):,.0f}/s")
     finally:
         _stop(process)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Benchmarks of miniq on a SQLite file, each beside its floor.  See README.rst."""
+"""Benchmarks of miniq on a SQLite file and on a Redis server, each beside its floor.  See README.rst."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [HERE, ROOT]
 
 import floors  # noqa: E402
+import redis_floors  # noqa: E402
+from measuring import (  # noqa: E402
+    FIGURES,
+    Target,
+    by_turns,
+    cpu_of,
+    family,
+    how_quiet,
+    percentile,
+    percentiles,
+    pss_kib,
+    rate,
+    rate_of_drain,
+    show,
+    show_targets,
+)
 
 FOLDER = ""
-
-
-def show(name: str, value: str, floor: str = "", ratio: str = "") -> None:
-    print(f"{name:<46} {value:>22}  {('floor ' + floor) if floor else '':<28} {ratio}", flush=True)
-
-
-def rate(value: float) -> str:
-    return f"{value:,.0f}/s"
 
 
 def path(name: str) -> str:
@@ -37,10 +45,14 @@ def path(name: str) -> str:
 
 def fresh_app(name: str, options: str = "") -> Any:
     """Return the benchmark app on a new file, in this process."""
-    os.environ["BENCH_BROKER"] = f"sqlite:///{path(name)}"
+    return app_on(f"sqlite:///{path(name)}", options)
+
+
+def app_on(url: str, options: str = "") -> Any:
+    """Return the benchmark app with `url` for broker and results, in this process."""
+    os.environ["BENCH_BROKER"] = url
     os.environ["BENCH_OPTIONS"] = options
-    for module in [m for m in sys.modules if m == "tasks"]:
-        del sys.modules[module]
+    sys.modules.pop("tasks", None)
     import tasks
 
     return tasks
@@ -146,11 +158,6 @@ def bench_drain(scale: float, options: argparse.Namespace) -> None:
             )  # fmt: skip
 
 
-def percentiles(times: List[float]) -> str:
-    times = sorted(times)
-    return f"p50 {times[len(times) // 2] * 1e3:.2f} ms, p99 {times[int(len(times) * 0.99)] * 1e3:.2f} ms"
-
-
 def bench_roundtrip(scale: float, options: argparse.Namespace) -> None:
     n = max(50, int(500 * scale))
     floor = floors.roundtrip(path("floor-rtt.db"), n)
@@ -171,32 +178,6 @@ def lines_of(name: str) -> List[float]:
         return []
     with open(name) as file:
         return sorted(float(line) for line in file)
-
-
-def cpu_of(pids: List[int]) -> float:
-    """User + system seconds of processes so far."""
-    ticks = 0
-    for pid in pids:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def family(pid: int) -> List[int]:
-    found = [pid]
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        for child in file.read().split():
-            found += family(int(child))
-    return found
-
-
-def pss_kib(pid: int) -> int:
-    with open(f"/proc/{pid}/smaps_rollup") as file:
-        for line in file:
-            if line.startswith("Pss:"):
-                return int(line.split()[1])
-    return 0
 
 
 def bench_idle(scale: float, options: argparse.Namespace) -> None:
@@ -305,32 +286,243 @@ def bench_eta(scale: float, options: argparse.Namespace) -> None:
     )
 
 
-BENCHMARKS: Dict[str, Callable[[float, argparse.Namespace], None]] = {
-    name[len("bench_") :]: function for name, function in list(globals().items()) if name.startswith("bench_")
+# -- Redis ---------------------------------------------------------------------------------------
+
+
+def on_redis(server: "redis_floors.Server") -> Any:
+    """Return the benchmark app on an empty server."""
+    server.clear()
+    return app_on(server.url)
+
+
+def length_of_message(server: "redis_floors.Server") -> int:
+    """How long the message is that miniq puts into the list; the floors take equally long ones."""
+    tasks = on_redis(server)
+    tasks.nothing.delay(2, 3)
+    (message,) = server.wire.call("LRANGE", redis_floors.QUEUE, 0, -1)
+    server.clear()
+    return len(message)
+
+
+def note(what: str, value: float) -> float:
+    FIGURES["miniq", what] = value
+    return value
+
+
+def middle(pairs: List[Tuple[float, float]]) -> float:
+    """The median rate of what `by_turns` found."""
+    return percentile([rate for rate, _ in pairs], 0.5)
+
+
+def bench_redis_enqueue(server: "redis_floors.Server", scale: float) -> None:
+    length, turns = length_of_message(server), max(5, int(40 * scale))
+    quiet = how_quiet()
+    tasks = on_redis(server)
+    for _ in range(100):
+        tasks.nothing.delay(2, 3)
+    wire = redis_floors.Wire(server.port)
+    floor, writing = redis_floors.pusher(wire, length), redis_floors.writing_pusher(wire, length)
+    ours, bare, written = by_turns([lambda: tasks.nothing.delay(2, 3), floor, writing], turns)
+    wire.close()
+    note("enqueue", middle(ours))
+    share = note("enqueue over floor", percentile([a[0] / b[0] for a, b in zip(ours, bare)], 0.5))
+    with_json = f"{middle(ours) / middle(written):.0%} of {rate(middle(written))} with its JSON"
+    name = f"redis: enqueue, {length} bytes"
+    show(name, rate(middle(ours)), rate(middle(bare)), f"{share:.0%}; {with_json}; {quiet}")
+    cpu = ", ".join(f"{min(used for _, used in pairs) * 1e6:.0f} us" for pairs in (ours, bare, written))
+    print(f"    CPU of the client: {cpu} (ours, floor, floor with JSON); best {rate(max(ours)[0])}")
+    server.clear()
+
+
+def bench_redis_bulk(server: "redis_floors.Server", scale: float) -> None:
+    length, rounds = length_of_message(server), max(3, int(20 * scale))
+    quiet = how_quiet()
+    floor = redis_floors.bulk(server, rounds, length)
+    tasks = on_redis(server)
+    preload(tasks, tasks.nothing, 1000)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        preload(tasks, tasks.nothing, 1000)
+        times.append(time.perf_counter() - start)
+    ours = note("bulk", 1000 / min(times))
+    show(
+        "redis: bulk enqueue of 1,000", rate(ours), rate(floor) + " pipelined",
+        f"{ours / floor:.0%}; median {1000 / percentile(times, 0.5):,.0f}/s; {quiet}",
+    )  # fmt: skip
+
+
+def bench_redis_drain(server: "redis_floors.Server", scale: float) -> None:
+    n, length = max(2000, int(30000 * scale)), length_of_message(server)
+    for results in (False, True):
+        word = "results" if results else "no results"
+        quiet = how_quiet()
+        batched = redis_floors.drain_batched(server, n, 100, results, length)
+        piped = redis_floors.drain_with_children(server, n, 2, results, length)
+        tasks = on_redis(server)
+        preload(tasks, tasks.add if results else tasks.nothing, n)
+        before, used = server.commands(), cpu_of([server.pid])
+        with worker("-c", "2", wait=False) as process:
+            ours = note(f"drain, {word}", rate_of_drain(server.left, n))
+            share = n - server.left()
+            of_server = (cpu_of([server.pid]) - used) / share
+            of_worker = cpu_of(family(process.pid)) / share
+            calls = redis_floors.commands_between(before, server.commands())
+        show(
+            f"redis: drain, prefork 2, {word}", rate(ours), rate(batched) + " batched",
+            f"{ours / batched:.0%}; {ours / piped:.0%} of {rate(piped)} through pipes; {quiet}",
+        )  # fmt: skip
+        cpu = f"CPU {of_worker * 1e6:.0f} us worker (its start included), {of_server * 1e6:.0f} us server"
+        print(f"    each task: {cpu}; commands {told(calls, share)}")
+    server.clear()
+
+
+def told(calls: Dict[str, int], over: float) -> str:
+    """Say how often the most frequent commands were called per unit of `over`."""
+    most = list(calls.items())[:6]
+    words = [f"{name} {count / over:.2f}" for name, count in most]
+    return f"{sum(calls.values()) / over:.2f} ({', '.join(words)})"
+
+
+def bench_redis_roundtrip(server: "redis_floors.Server", scale: float) -> None:
+    n, length = max(50, int(500 * scale)), length_of_message(server)
+    quiet = how_quiet()
+    floor = redis_floors.roundtrip(server, n, length)
+    tasks = on_redis(server)
+    times = []
+    with worker("-c", "2"):
+        for i in range(n):
+            time.sleep(0.002)
+            begin = time.perf_counter()
+            tasks.add.delay(1, i).get(timeout=10)
+            times.append(time.perf_counter() - begin)
+    note("p50", percentile(times, 0.5))
+    show("redis: round trip, idle worker", percentiles(times), percentiles(floor), quiet)
+    server.clear()
+
+
+def bench_redis_idle(server: "redis_floors.Server", scale: float) -> None:
+    if not os.path.exists("/proc/self/stat"):
+        print("redis: idle: this system does not tell CPU of processes through /proc")
+        return
+    seconds = max(3.0, 15.0 * scale)
+    tasks = on_redis(server)
+    with worker("-c", "2") as process:
+        for i in range(100):
+            tasks.add.delay(1, i).get(timeout=10)
+        time.sleep(1.0)
+        quiet = how_quiet()
+        pids = family(process.pid)
+        used, before = cpu_of(pids), server.commands()
+        time.sleep(seconds)
+        calls = redis_floors.commands_between(before, server.commands())
+        share = note("idle CPU", (cpu_of(pids) - used) / seconds)
+    note("idle commands", sum(calls.values()) / seconds)
+    commands = f"commands/s: {told(calls, seconds)}"
+    show(f"redis: idle over {seconds:.0f} s", f"{share:.2%} CPU", "", f"{commands}; {quiet}")
+    server.clear()
+
+
+def of_fastest_peer(what: str) -> Optional[float]:
+    found = [value for (name, figure), value in FIGURES.items() if name != "miniq" and figure == what]
+    return max(found) if found else None
+
+
+def of_celery(what: str) -> Optional[float]:
+    return FIGURES.get(("Celery", what))
+
+
+REDIS_TARGETS = [
+    Target("enqueue, of the bare socket loop", "enqueue over floor", 60, unit=" %", scale=100),
+    Target("enqueue, times Celery's", "enqueue", 8, base=lambda: of_celery("enqueue")),
+    Target("bulk enqueue of 1,000", "bulk", 25_000, unit="/s"),
+    *(
+        target
+        for what in ("drain, no results", "drain, results")
+        for target in (
+            Target(f"{what}: times Celery's", what, 6, base=lambda what=what: of_celery(what)),
+            Target(f"{what}: times the fastest other", what, 2, base=lambda what=what: of_fastest_peer(what)),
+        )
+    ),
+    Target("round trip on an idle worker, p50", "p50", 2, at_most=True, unit=" ms", scale=1e3),
+    Target("idle worker, CPU", "idle CPU", 0.5, at_most=True, unit=" %", scale=100),
+    Target("idle worker, commands per second", "idle commands", 5, at_most=True, unit="/s"),
+]  # fmt: skip
+
+
+def run_redis(names: List[str], options: argparse.Namespace) -> None:
+    """Run those benchmarks on a server of our own, and the others' beside them."""
+    server = redis_floors.Server.started(FOLDER)
+    if server is None:
+        print("redis: no redis-server is installed here, its benchmarks are left out")
+        return
+    try:
+        print(f"redis {server.version} without persistence, on 127.0.0.1:{server.port}")
+        for name in names:
+            REDIS_BENCHMARKS[name](server, options.scale)
+        if options.peers:
+            import redis_peers
+
+            parts = tuple(part for part in redis_peers.PARTS if f"redis_{part}" in names)
+            redis_peers.run(server, FOLDER, options.scale, parts)
+        few = " (with so few rounds nothing to go by)" if options.quick else ""
+        show_targets(f"redis: targets{few}", REDIS_TARGETS)
+    finally:
+        server.stop()
+
+
+REDIS_BENCHMARKS: Dict[str, Callable[["redis_floors.Server", float], None]] = {
+    "redis_enqueue": bench_redis_enqueue,
+    "redis_bulk": bench_redis_bulk,
+    "redis_drain": bench_redis_drain,
+    "redis_roundtrip": bench_redis_roundtrip,
+    "redis_idle": bench_redis_idle,
 }
+SQLITE_BENCHMARKS: Dict[str, Callable[[float, argparse.Namespace], None]] = {
+    "enqueue": bench_enqueue,
+    "drain": bench_drain,
+    "roundtrip": bench_roundtrip,
+    "idle": bench_idle,
+    "start": bench_start,
+    "import": bench_import,
+    "calls": bench_calls,
+    "backlog": bench_backlog,
+    "eta": bench_eta,
+}
+#: Words that stand for several.
+GROUPS = {"sqlite": list(SQLITE_BENCHMARKS), "redis": list(REDIS_BENCHMARKS)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"which: {', '.join(BENCHMARKS)} (default: all)")
+    known = [*GROUPS, *SQLITE_BENCHMARKS, *REDIS_BENCHMARKS]
+    parser.add_argument("names", nargs="*", help=f"which: {', '.join(known)} (default: all)")
     parser.add_argument("--scale", type=float, default=1.0, help="fewer (0.1) or more (2) rounds")
+    parser.add_argument("--quick", action="store_true", help="the fewest rounds: does it all still run?")
     parser.add_argument("--million", action="store_true", help="backlog: also with a million messages")
-    parser.add_argument("--peers", action="store_true", help="huey and Celery beside it, where importable")
+    parser.add_argument("--peers", action="store_true", help="others beside it, where importable")
     options = parser.parse_args()
+    if options.quick:
+        options.scale = 0.02
     global FOLDER
     # What is installed has its byte code beside it; so shall what is measured.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    for name in options.names:
-        if name not in BENCHMARKS:
-            parser.error(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+    names: List[str] = []
+    for name in options.names or GROUPS:
+        if name not in known:
+            parser.error(f"unknown benchmark {name!r}; known: {', '.join(known)}")
+        names += GROUPS.get(name, [name])
+    on_sqlite = [name for name in names if name in SQLITE_BENCHMARKS]
     FOLDER = tempfile.mkdtemp(prefix="miniq-bench-")
     try:
-        for name in options.names or BENCHMARKS:
-            BENCHMARKS[name](options.scale, options)
-        if options.peers:
+        for name in on_sqlite:
+            SQLITE_BENCHMARKS[name](options.scale, options)
+        if options.peers and on_sqlite:
             import peers
 
-            peers.run(FOLDER, options.scale, show)
+            peers.run(FOLDER, options.scale)
+        if len(on_sqlite) < len(names):
+            run_redis([name for name in names if name in REDIS_BENCHMARKS], options)
     finally:
         shutil.rmtree(FOLDER, ignore_errors=True)
     return 0

@@ -8,7 +8,8 @@ import time
 
 from miniq import MiniQ
 
-app = MiniQ("bench", broker=os.environ.get("BENCH_BROKER", "sqlite:///bench.db"))
+url = os.environ.get("BENCH_BROKER", "sqlite:///bench.db")
+app = MiniQ("bench", broker=url, backend=url)
 app.conf.worker_enable_remote_control = True
 if os.environ.get("BENCH_OPTIONS"):
     app.conf.broker_transport_options = dict(
