@@ -127,6 +127,8 @@ for n = 1, groups do
   at = last + 1 + late + early
 end
 if #gone > 0 then return {gone} end
+-- A full server lets a script go on writing that has begun with what frees memory: work must go on there.
+if groups > 0 then call('HDEL', unacked, '') end
 local claim = at
 
 at = 4

@@ -657,6 +657,8 @@ class RedisConsumer(Consumer):
         here = link.is_in_its_process
         try:
             if here and self._registered:
+                if self.returning:
+                    self._do(self._returning_ops())
                 ownership.close(self.delivery_limit, self.random.random)
         except OperationalError as error:
             logger.warning(

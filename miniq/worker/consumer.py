@@ -49,6 +49,8 @@ RESULT_PATIENCE_S = 60.0
 NO_LIMIT = 1000
 #: How many messages are taken beyond the free slots at most; a pool may take fewer.
 MOST_AHEAD = 64
+#: How long outcomes may wait to be settled together while there is enough to do.
+LINGER_S = 0.005
 #: The wall clock may be set while a message waits to be due: it is looked at again this often.
 WALL_CLOCK_CHECK_S = 5.0
 
@@ -126,6 +128,7 @@ class TaskConsumer:
         self._watched: Optional[int] = None
         self._net: Optional[Timer] = None
         self._due: Optional[Timer] = None
+        self._lingering: Optional[Timer] = None
         self._pause_s = 0.0
         self._trouble_since: Optional[float] = None
         self._trouble_told = ""  # who it was said of
@@ -160,9 +163,17 @@ class TaskConsumer:
             else:
                 self.loop.call_soon(self.turn)
 
+    def _linger(self) -> None:
+        """Have a turn in a moment, so that it may settle more."""
+        if not self._turn_due and self._lingering is None:
+            self._lingering = self.loop.call_later(LINGER_S, self.schedule)
+
     def turn(self) -> None:
         """Settle, take, start: one transaction (see the module)."""
         self._turn_due = False
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
         turn = _Turn(
             self._finished[:1] if self._careful else self._finished[:], self._started[:], self._returned[:]
         )
@@ -534,7 +545,11 @@ class TaskConsumer:
             one = Finished(request, [], [], partial(self.consumer.ack, request.delivery))
             self.settler.refused(one, error)
         self._finished.append(one)
-        self.schedule()
+        if len(self.running) - len(self._finished) > self.concurrency + self._ahead // 2:
+            # Enough is left to do meanwhile: a larger turn costs less for each task.
+            self._linger()
+        else:
+            self.schedule()
 
     # -- commands
 
