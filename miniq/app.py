@@ -9,6 +9,8 @@ broker and the result backend.
 from __future__ import annotations
 
 import os
+import random
+import re
 import sys
 import threading
 import time
@@ -29,7 +31,7 @@ from typing import (
 )
 
 from . import _state, signals
-from .backends.base import Backend, backend_class
+from .backends.base import BACKENDS, Backend, backend_class
 from .canvas import Signature, signature
 from .conf import Settings
 from .control import Control
@@ -44,10 +46,10 @@ from .shared import SharedTask, shared_task
 from .signals import Signal
 from .task import Parameters
 from .task import Task as BaseTask
-from .text import gen_task_name, host_name, import_module, import_object, is_missing
+from .text import gen_task_name, host_name, import_module, import_object, is_missing, mask_url
 from .times import zone
 from .trace import TaskRunner
-from .transports.base import Publication
+from .transports.base import TRANSPORTS, Publication
 
 if TYPE_CHECKING:
     from datetime import datetime, tzinfo
@@ -62,6 +64,12 @@ if TYPE_CHECKING:
 
 #: Where messages and results go when nothing is configured.
 DEFAULT_URL = "sqlite:///miniq.db"
+#: How URLs begin of what lives on one machine, and cannot be elsewhere or away.
+LOCAL_STORES = ("sqlite:", "memory:")
+#: What stands between two URLs.
+_URL_LIST = re.compile(r"[;\s]+(?=[A-Za-z][A-Za-z0-9+.\-]*://)")
+#: Celery's short forms, which leave the server to the settings `redis_host`, `redis_port`, `redis_db`.
+_BARE_REDIS_URL = re.compile(r"((?:redis|valkey)s?)(?::///?)?")
 #: Arguments of Celery's app which plug in parts that miniq does not have.
 REFUSED_ARGUMENTS = frozenset({"loader", "amqp", "events", "log", "control", "tasks", "fixups"})
 #: Parts of upper floors that an app hands out: name -> "module:object", imported when asked for.
@@ -117,6 +125,7 @@ class MiniQ:
         self.producer = Producer(self)
         #: This process as a sender: the header `origin`, and the reply address.
         self._identity: Optional[Tuple[int, str, str]] = None
+        self._seed = random.random()
         self._cache: Dict[str, Any] = {}
         self._backends = threading.local()
         self._lock = threading.RLock()
@@ -317,26 +326,39 @@ class MiniQ:
     # -- broker and backend
 
     def broker_url(self, write: bool = False) -> str:
-        """Return the URL of the broker for reading or writing."""
+        """Return the URL of the broker for reading or writing; several have ``;`` between them."""
         conf = self.conf
         url = (conf.broker_write_url if write else conf.broker_read_url) or conf.broker_url
-        if isinstance(url, (list, tuple)):
-            if len(url) > 1:
-                raise ImproperlyConfigured(
-                    f"broker_url names {len(url)} brokers: the stores of this version of miniq take one"
-                )
-            url = url[0] if url else None
-        return url or DEFAULT_URL
+        return self._in_order(";".join(url) if isinstance(url, (list, tuple)) else url or "", "brokers")
 
     def backend_url(self) -> str:
-        """Return the URL of the result backend."""
-        url: Optional[str] = self.conf.result_backend
+        """Return the URL of the result backend; several have ``;`` between them."""
+        conf = self.conf
+        url = conf.result_backend
         if url:
-            return url
+            return self._in_order(_whole_redis_url(url, conf), "result backends")
         broker = self.broker_url()
-        if broker.startswith(("sqlite:", "memory:")):
-            return broker
-        return "disabled://"
+        return broker if broker.startswith(LOCAL_STORES) else "disabled://"
+
+    def _in_order(self, urls: str, what: str) -> str:
+        """Return a URL, or several in the order in which they are to be tried."""
+        if urls.count("://") < 2:
+            return urls or DEFAULT_URL
+        several = _URL_LIST.split(urls.strip("; \t\n"))
+        if len(several) > 1 and any(url.startswith(LOCAL_STORES) for url in several):
+            raise ImproperlyConfigured(
+                f"{mask_url(urls)!r} names {len(several)} {what}: of servers (redis://) there can be several,"
+                " one of which is used, of files and memory only one"
+            )
+        if self.conf.broker_failover_strategy == "shuffle":
+            # The same order for the same number each time: all of this process share connections.
+            random.Random(self._seed).shuffle(several)
+        return ";".join(several)
+
+    @property
+    def broker_is_server(self) -> bool:
+        """Whether the broker is reached over a network, and so may come later than its workers."""
+        return not self.broker_url().startswith(LOCAL_STORES)
 
     @property
     def backend(self) -> Backend:
@@ -361,8 +383,16 @@ class MiniQ:
 
     def new_backend(self, url: Optional[str] = None) -> Backend:
         """Return a new connection to a result backend that nobody shares."""
-        url = url or self.backend_url()
-        return backend_class(url)(url, self.conf.result_backend_transport_options, self.wall)
+        url, conf = url or self.backend_url(), self.conf
+        is_redis = _is_served_as_redis(url, BACKENDS)
+        options = conf.options_for_redis(True) if is_redis else conf.result_backend_transport_options
+        return backend_class(url)(url, options, self.wall)
+
+    def broker_options(self, url: str) -> Dict[str, Any]:
+        """Return the options of the transport for this broker."""
+        conf = self.conf
+        is_redis = _is_served_as_redis(url, TRANSPORTS)
+        return conf.options_for_redis(False) if is_redis else conf.broker_transport_options
 
     # -- tasks
 
@@ -579,6 +609,22 @@ class MiniQ:
 
 
 # -- small helpers -------------------------------------------------------------------------------
+
+
+def _is_served_as_redis(url: str, table: Mapping[str, str]) -> bool:
+    """Say whether a URL, maybe the first of several, belongs to the same store as ``redis://``."""
+    return table.get(url.partition("://")[0].lower()) == table["redis"]
+
+
+def _whole_redis_url(url: str, conf: Settings) -> str:
+    """Return `url`; one that is nothing but ``redis://`` gets host, port and database from the settings."""
+    found = _BARE_REDIS_URL.fullmatch(url)
+    if found is None:
+        return url
+    host = conf.redis_host or "localhost"
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{found.group(1)}://{host}:{conf.redis_port or 6379}/{conf.redis_db or 0}"
 
 
 def _discover(packages: Any, related_name: Optional[str]) -> None:

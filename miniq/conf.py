@@ -152,6 +152,10 @@ def _str_or_int(value: Any) -> Union[str, int]:
     return value if isinstance(value, str) else _int(value)
 
 
+def _bool_or_dict(value: Any) -> Union[bool, Dict[str, Any]]:
+    return _bool(value) if isinstance(value, bool) else _dict(value)
+
+
 def _str_or_class(value: Any) -> Union[str, type]:
     if isinstance(value, (str, type)):
         return value
@@ -172,6 +176,7 @@ _TYPES: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
     "Union[str, float]": ("text or a number", _str_or_number),
     "Union[str, int]": ("text or a whole number", _str_or_int),
     "Union[str, type]": ("a name or a class", _str_or_class),
+    "Union[bool, Dict[str, Any]]": ("True, False or a dict", _bool_or_dict),
     # Kept as seconds, so that whoever reads it needs to know one form only.
     "Seconds": ("a number of seconds or a timedelta", _duration),
 }
@@ -216,6 +221,9 @@ def _retry_policy(value: Dict[str, Any]) -> Dict[str, Any]:
 
 # -- the table -----------------------------------------------------------------------------------
 
+#: Connections in a pool without a limit: more than a process can have threads that need one.
+NO_POOL_LIMIT = 10_000
+
 #: Settings that Celery does not have.
 OWN_SETTINGS = frozenset(
     {"strict_settings", "task_delivery_limit", "task_publish_timeout", "worker_max_abandoned_threads"}
@@ -237,6 +245,20 @@ _TABLE: Tuple[Setting, ...] = (
     _S("broker_read_url", "Optional[Union[str, List[str]]]", None, "another one to consume from"),
     _S("broker_write_url", "Optional[Union[str, List[str]]]", None, "another one to publish to"),
     _S("broker_transport_options", "Dict[str, Any]", {}, "options of the transport"),
+    _S(
+        "broker_failover_strategy", "Optional[str]", None, "how several URLs are tried; None = in turn",
+        choices=("round-robin", "shuffle"),
+    ),
+    _S("broker_use_ssl", "Optional[Union[bool, Dict[str, Any]]]", None, "TLS, or its options"),
+    _S("broker_pool_limit", "Optional[int]", 10, "connections in a process' pool; 0 or None = no limit",
+       minimum=0, check=_zero_is_none),
+    _S("broker_connection_timeout", "float", 4.0, "seconds to connect", minimum=0.001),
+    _S("broker_connection_retry_on_startup", "bool", True, "a starting worker waits for its broker"),
+    _S(
+        "broker_connection_max_retries", "Optional[int]", 100, "... for so many tries more; 0 or None = any",
+        minimum=0, check=_zero_is_none,
+    ),
+    _S("broker_connection_retry", "bool", True, "a running worker waits for a lost broker"),
     # tasks: how they run
     _S("task_acks_late", "bool", False, "acknowledge after the run, not before it"),
     _S("task_acks_on_failure_or_timeout", "bool", True, "with acks_late: acknowledge a failed run too"),
@@ -340,6 +362,30 @@ _TABLE: Tuple[Setting, ...] = (
     _S("result_compression", "Optional[str]", None, "compression of results"),
     _S("result_backend_transport_options", "Dict[str, Any]", {}, "options of the result backend"),
     _S("result_backend_always_retry", "bool", False, "storing that failed is tried again"),
+    # results on a Redis server: what their URL and result_backend_transport_options leave open
+    _S("redis_host", "Optional[str]", None, "server of result_backend = 'redis://'; None = localhost"),
+    _S("redis_port", "Optional[int]", None, "its port; None = 6379", minimum=1, maximum=65535),
+    _S("redis_db", "Optional[int]", None, "its database; None = 0", minimum=0),
+    _S("redis_username", "Optional[str]", None, "user for results"),
+    _S("redis_password", "Optional[str]", None, "password for results"),
+    _S("redis_backend_use_ssl", "Optional[Union[bool, Dict[str, Any]]]", None, "TLS, or its options"),
+    _S("redis_client_name", "Optional[str]", None, "name of connections in CLIENT LIST"),
+    _S(
+        "redis_max_connections", "Optional[int]", None, "connections in a process' pool;"
+        " None = broker_pool_limit", minimum=1,
+    ),
+    # Celery's 120 seconds are long for a caller who waits for them.
+    _S("redis_socket_timeout", "float", 5.0, "seconds for one command", minimum=0.001),
+    _S(
+        "redis_socket_connect_timeout", "Optional[float]", None, "seconds to connect;"
+        " None = broker_connection_timeout", minimum=0.001,
+    ),
+    # Celery's default is off: a peer that has gone is then noticed late, or never.
+    _S("redis_socket_keepalive", "bool", True, "the system looks whether the peer is there"),
+    _S(
+        "redis_backend_health_check_interval", "Optional[float]", None,
+        "seconds of idleness before a look; None = 25", minimum=0.001,
+    ),
 )
 # fmt: on
 
@@ -350,9 +396,7 @@ SETTINGS: Dict[str, Setting] = {setting.name: setting for setting in _TABLE}
 #: it does nothing.
 CELERY_ONLY = frozenset(
     """
-    broker_transport broker_host broker_port broker_user broker_password broker_vhost broker_use_ssl
-    broker_connection_timeout broker_connection_retry broker_connection_retry_on_startup
-    broker_connection_max_retries broker_failover_strategy broker_heartbeat broker_pool_limit
+    broker_transport broker_host broker_port broker_user broker_password broker_vhost broker_heartbeat
     broker_pool_acquire_timeout
     broker_channel_error_retry broker_heartbeat_checkrate broker_login_method
     broker_native_delayed_delivery_queue_type
@@ -368,10 +412,7 @@ CELERY_ONLY = frozenset(
     result_cache_max result_chord_retry_interval result_chord_join_timeout result_chord_ordered
     result_backend_thread_safe override_backends result_backend_max_retries
     result_backend_base_sleep_between_retries_ms result_backend_max_sleep_between_retries_ms
-    redis_host redis_port redis_db redis_username redis_password redis_max_connections
-    redis_backend_use_ssl redis_socket_timeout redis_socket_connect_timeout redis_retry_on_timeout
-    redis_socket_keepalive redis_backend_health_check_interval redis_client_name
-    redis_backend_credential_provider
+    redis_retry_on_timeout redis_backend_credential_provider
     database_url database_engine_options database_engine_callback database_short_lived_sessions
     database_table_schemas database_table_names database_create_tables_at_setup
     cache_backend cache_backend_options
@@ -526,6 +567,13 @@ class Settings:
     broker_read_url: Optional[Union[str, List[str]]]
     broker_write_url: Optional[Union[str, List[str]]]
     broker_transport_options: Dict[str, Any]
+    broker_failover_strategy: Optional[str]
+    broker_use_ssl: Optional[Union[bool, Dict[str, Any]]]
+    broker_pool_limit: Optional[int]
+    broker_connection_timeout: float
+    broker_connection_retry_on_startup: bool
+    broker_connection_max_retries: Optional[int]
+    broker_connection_retry: bool
     task_acks_late: bool
     task_acks_on_failure_or_timeout: bool
     task_acks_on_failure: Optional[bool]
@@ -592,6 +640,18 @@ class Settings:
     result_compression: Optional[str]
     result_backend_transport_options: Dict[str, Any]
     result_backend_always_retry: bool
+    redis_host: Optional[str]
+    redis_port: Optional[int]
+    redis_db: Optional[int]
+    redis_username: Optional[str]
+    redis_password: Optional[str]
+    redis_backend_use_ssl: Optional[Union[bool, Dict[str, Any]]]
+    redis_client_name: Optional[str]
+    redis_max_connections: Optional[int]
+    redis_socket_timeout: float
+    redis_socket_connect_timeout: Optional[float]
+    redis_socket_keepalive: bool
+    redis_backend_health_check_interval: Optional[float]
 
     _on_change: Optional[Callable[[], None]]
     _origins: Dict[str, Tuple[int, str]]
@@ -754,6 +814,37 @@ class Settings:
             elif isinstance(obj, Mapping) or (not callable(value) and suggest(key, only_typos=True)):
                 found.append((key, None, value))
         self._apply(found, CONFIG, source, prefix)
+
+    def options_for_redis(self, results: bool) -> Dict[str, Any]:
+        """Return the transport options for a Redis server with messages, or with results.
+
+        What `broker_transport_options` (`result_backend_transport_options`) leaves open, other settings
+        say; where these agree, messages and results on one server share one pool of connections.
+        """
+        options: Dict[str, Any] = {
+            "max_connections": self.broker_pool_limit or NO_POOL_LIMIT,
+            "socket_connect_timeout": self.broker_connection_timeout,
+        }
+        use_ssl, given = self.broker_use_ssl, self.broker_transport_options
+        if results:
+            use_ssl, given = self.redis_backend_use_ssl, self.result_backend_transport_options
+            more = {
+                "max_connections": self.redis_max_connections,
+                "socket_connect_timeout": self.redis_socket_connect_timeout,
+                "socket_timeout": self.redis_socket_timeout,
+                "socket_keepalive": self.redis_socket_keepalive,
+                "health_check_interval": self.redis_backend_health_check_interval,
+                "client_name": self.redis_client_name,
+                "username": self.redis_username,
+                "password": self.redis_password,
+            }
+            options.update((name, value) for name, value in more.items() if value is not None)
+        if use_ssl:
+            options["ssl"] = True
+            if use_ssl is not True:
+                # Celery has both spellings, one for each kind of broker.
+                options.update((f"ssl_{name.replace('ssl_', '', 1)}", use_ssl[name]) for name in use_ssl)
+        return {**options, **given}
 
     def check(self) -> None:
         """Check what several settings say together; raises `ImproperlyConfigured`."""

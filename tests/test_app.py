@@ -16,6 +16,8 @@ from bench import Bench, new_broker
 import miniq
 from miniq import Celery, MiniQ, _state, signals
 from miniq.app import DEFAULT_URL
+from miniq.backends.base import StoredResult
+from miniq.connections.redis import Options, Server
 from miniq.exceptions import ImproperlyConfigured, UnknownSettingWarning
 
 #: The class without its types: for what they would not allow.
@@ -330,6 +332,97 @@ def test_what_the_own_backend_does_not_take_is_told(app: MiniQ, caplog: Any, tmp
     with contextlib.suppress(ImproperlyConfigured):
         assert Bench(app).call(task).state == "SUCCESS"
         assert "is lost" in caplog.text
+
+
+# -- servers ---------------------------------------------------------------------------------------
+
+
+def test_several_urls_are_a_list_or_one_text() -> None:
+    urls = ["redis://one:6379/0", "redis://two:6379/0"]
+    for given in (urls, "; ".join(urls), ";".join(urls)):
+        app = make("tests", broker=given, result_backend="redis://one;redis://two/1")
+        assert app.broker_url() == app.broker_url(write=True) == ";".join(urls)
+        assert app.backend_url() == "redis://one;redis://two/1"
+    app.conf.update(broker_write_url=["redis://three", "redis://four"], broker_read_url="redis://five")
+    assert app.broker_url(write=True) == "redis://three;redis://four"
+    assert app.broker_url() == "redis://five"
+    app.conf.update(broker_url=[], broker_read_url=None)
+    assert app.broker_url() == DEFAULT_URL
+    app.conf.broker_url = "sqlite:///a;b.db"
+    assert app.broker_url() == "sqlite:///a;b.db", "a semicolon in a name is not two names"
+
+
+@pytest.mark.parametrize(
+    "urls", ["sqlite:///a.db;sqlite:///b.db", "memory://a;redis://h", "redis://u:hunter2@h;sqlite:///b.db"]
+)
+def test_there_cannot_be_several_files_or_memories(urls: str) -> None:
+    app = make("tests", broker=urls.split(";"), result_backend=urls)
+    with pytest.raises(ImproperlyConfigured, match="names 2 brokers: of servers .redis://. there can be"):
+        app.broker_url()
+    with pytest.raises(ImproperlyConfigured, match="names 2 result backends") as caught:
+        app.backend_url()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_shuffled_urls_keep_their_order_in_one_process() -> None:
+    urls = [f"redis://host{n}" for n in range(10)]
+    orders = set()
+    for _ in range(20):
+        app = make(
+            "tests", broker=urls, result_backend=";".join(urls), broker_failover_strategy="shuffle",
+        )  # fmt: skip
+        order = app.broker_url()
+        assert sorted(order.split(";")) == urls
+        assert app.broker_url() == app.backend_url() == order, "so that they are the same servers"
+        orders.add(order)
+    assert len(orders) > 1
+    app.conf.broker_failover_strategy = "round-robin"
+    assert app.broker_url() == ";".join(urls)
+
+
+@pytest.mark.parametrize("url", ["redis", "redis://", "redis:///"])
+def test_a_bare_redis_backend_is_where_the_settings_say(url: str) -> None:
+    app = make("tests", broker="memory://x", result_backend=url)
+    assert app.backend_url() == "redis://localhost:6379/0"
+    app.conf.update(redis_host="h", redis_port=7000, redis_db=5)
+    assert app.backend_url() == "redis://h:7000/5"
+    app.conf.update(redis_host="::1", result_backend=url.replace("redis", "rediss"))
+    assert app.backend_url() == "rediss://[::1]:7000/5"
+    app.conf.result_backend = "redis:///3"
+    assert app.backend_url() == "redis:///3", "what says more says all"
+
+
+def test_settings_reach_the_redis_transport_and_backend_and_nobody_else() -> None:
+    app = make("tests", broker="redis://h", result_backend="redis://h")
+    app.conf.update(broker_pool_limit=2, redis_socket_timeout=1, broker_transport_options={"lease": 9})
+    transport, backend = app.producer.new_transport(True), app.new_backend()
+    assert transport.link.options == Options(max_connections=2, lease=9.0)
+    assert backend._options == Options(max_connections=2, socket_timeout=1.0)
+    app.conf.update(broker_url="sqlite:///x.db", result_backend="sqlite:///x.db", broker_transport_options={})
+    app.producer.new_transport(True)
+    app.new_backend()
+    assert app.broker_options("sqlite:///x.db") == {}
+
+
+@pytest.mark.parametrize(
+    ("broker", "expected"),
+    [("redis://h", True), ("sentinel://h", True), (None, False), ("memory://x", False)],
+)
+def test_it_is_known_whether_the_broker_is_a_server(broker: Any, expected: bool) -> None:
+    assert make("tests", broker=broker).broker_is_server is expected
+
+
+def test_results_on_a_server_with_a_password_from_the_settings(new_redis: Any) -> None:
+    server = new_redis(password="pass/word")
+    app = make("tests", broker="memory://x", result_backend="redis://")
+    app.conf.update(redis_host="127.0.0.1", redis_port=server.port, redis_db=3, redis_client_name="me")
+    app.conf.redis_password = server.password
+    result = StoredResult("id", "SUCCESS", b'{"status": "SUCCESS"}', "application/json", "utf-8", None)
+    app.backend.store([result])
+    assert server.command("EXISTS", "celery-task-meta-id", db=3) == 1
+    assert [client["name"] for client in server.clients()] == ["me"]
+    app.close()
+    Server.close_all()
 
 
 # -- entrances -------------------------------------------------------------------------------------

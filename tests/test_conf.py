@@ -15,6 +15,7 @@ import pytest
 
 from miniq import conf
 from miniq.conf import CELERY_ONLY, OWN_SETTINGS, SETTINGS, Settings
+from miniq.connections.redis_options import Options
 from miniq.exceptions import ImproperlyConfigured, UnknownSettingWarning
 
 
@@ -163,7 +164,7 @@ def test_reading_an_unknown_name_suggests_one() -> None:
     with pytest.raises(AttributeError, match=r"no setting 'task_serialiser' .did you mean task_serializer"):
         settings.task_serialiser  # noqa: B018
     with pytest.raises(AttributeError, match="without effect"):
-        settings.redis_host  # noqa: B018
+        settings.mongodb_backend_settings  # noqa: B018
     with pytest.raises(KeyError):
         settings["nope"]
     assert settings.get("nope", 7) == 7
@@ -211,6 +212,10 @@ def test_an_unknown_name_cannot_hide_a_part_of_the_object() -> None:
         ("broker_url", 5, "a URL or a list of URLs"),
         ("result_expires", "1d", "a number of seconds or a timedelta"),
         ("result_expires", timedelta(-1), "at least 0"),
+        ("broker_use_ssl", "yes", "True, False or a dict or None"),
+        ("redis_port", 65536, "a whole number from 1 to 65535 or None"),
+        ("broker_failover_strategy", "random", "one of 'round-robin', 'shuffle' or None"),
+        ("broker_connection_timeout", 0, "a number, at least 0.001"),
     ],
 )
 def test_a_wrong_value_is_refused_naming_setting_value_and_expectation(
@@ -469,20 +474,25 @@ def test_the_later_or_stronger_source_wins() -> None:
 
 def test_celerys_other_settings_are_kept_and_named_in_one_warning() -> None:
     settings = Settings()
-    with pytest.warns(UserWarning, match=r"without effect in miniq: .*redis_host") as caught:
+    with pytest.warns(UserWarning, match=r"without effect in miniq: .*mongodb") as caught:
         settings.from_object(
-            {"redis_host": "h", "CELERYBEAT_SCHEDULE": {}, "cassandra_port": 1, "worker_agent": None}
+            {
+                "mongodb_backend_settings": {"host": "h"},
+                "CELERYBEAT_SCHEDULE": {},
+                "cassandra_port": 1,
+                "worker_agent": None,
+            }
         )
     assert len(caught) == 1
     assert not issubclass(caught[0].category, UnknownSettingWarning)
     assert all(
         name in str(caught[0].message) for name in ("CELERYBEAT_SCHEDULE", "cassandra_port", "worker_agent")
     )
-    assert settings.redis_host == "h" and settings.beat_schedule == {}
+    assert settings.mongodb_backend_settings == {"host": "h"} and settings.beat_schedule == {}
     assert settings.warnings == [str(caught[0].message)]
     strict = Settings({"strict_settings": True})
     with pytest.warns(UserWarning, match="without effect"):
-        strict.update(redis_host="h")
+        strict.update(redis_retry_on_timeout=True)
 
 
 def test_no_documented_celery_name_is_unknown() -> None:
@@ -516,6 +526,7 @@ def test_secrets_are_masked_wherever_they_sit() -> None:
     )
     with pytest.warns(UserWarning):
         settings.update(redis_password="hunter2", security_key="hunter2", redis_socket_keepalive=True)
+    settings.redis_backend_use_ssl = {"ssl_password": "hunter2"}
     for text in (
         settings.humanize(),
         settings.humanize(with_defaults=True),
@@ -579,3 +590,73 @@ def test_an_unknown_type_of_source_reads_nothing() -> None:
     settings = Settings(empty)
     settings.from_object(object())
     assert settings.table() == {}
+
+
+# -- Redis ---------------------------------------------------------------------------------------
+
+
+def test_messages_and_results_on_one_redis_server_share_their_connections_unless_told_otherwise() -> None:
+    settings = Settings()
+    url = "redis://h"
+    read = [Options.read(settings.options_for_redis(results), url) for results in (False, True)]
+    assert read[0] == read[1] == Options()
+    settings.update(broker_pool_limit=3, broker_connection_timeout=1.5)
+    read = [Options.read(settings.options_for_redis(results), url) for results in (False, True)]
+    assert read[0] == read[1]
+    assert (read[0].max_connections, read[0].socket_connect_timeout) == (3, 1.5)
+
+
+def test_settings_of_the_broker_connection_become_options_of_a_redis_broker() -> None:
+    settings = Settings(
+        {
+            "broker_pool_limit": 0,
+            "broker_connection_timeout": 2,
+            "broker_use_ssl": {"keyfile": "k", "ssl_cert_reqs": "optional"},
+            "redis_password": "for results",
+            "redis_socket_timeout": 9,
+        }
+    )
+    options = Options.read(settings.options_for_redis(False), "redis://h")
+    assert settings.broker_pool_limit is None
+    assert options == Options(
+        max_connections=conf.NO_POOL_LIMIT, socket_connect_timeout=2, ssl=True, ssl_keyfile="k",
+        ssl_cert_reqs="optional",
+    )  # fmt: skip
+
+
+#: Setting -> a value, the option, what that is then.
+REDIS_SETTINGS = {
+    "redis_username": ("u", "username", "u"),
+    "redis_password": ("p", "password", "p"),
+    "redis_client_name": ("me", "client_name", "me"),
+    "redis_max_connections": (4, "max_connections", 4),
+    "redis_socket_timeout": (7, "socket_timeout", 7.0),
+    "redis_socket_connect_timeout": (3, "socket_connect_timeout", 3.0),
+    "redis_socket_keepalive": (False, "socket_keepalive", False),
+    "redis_backend_health_check_interval": (60, "health_check_interval", 60.0),
+    "redis_backend_use_ssl": (True, "ssl", True),
+}
+
+
+@pytest.mark.parametrize("name", REDIS_SETTINGS)
+def test_setting_becomes_an_option_of_redis_results(name: str) -> None:
+    value, option, expected = REDIS_SETTINGS[name]
+    settings = Settings({name: value})
+    assert Options.read(settings.options_for_redis(True), "") == Options()._replace(**{option: expected})
+    assert Options.read(settings.options_for_redis(False), "") == Options(), "none of the broker's"
+
+
+def test_transport_options_go_before_settings_and_the_url_before_both() -> None:
+    settings = Settings(
+        {
+            "broker_pool_limit": 3,
+            "redis_socket_timeout": 7,
+            "broker_transport_options": {"max_connections": 5, "visibility_timeout": 3600},
+            "result_backend_transport_options": {"socket_timeout": 6, "global_keyprefix": "x"},
+        }
+    )
+    broker = settings.options_for_redis(False)
+    assert Options.read(broker, "redis://h").max_connections == 5
+    assert Options.read(broker, "redis://h?max_connections=6").max_connections == 6
+    results = Options.read(settings.options_for_redis(True), "redis://h")
+    assert (results.socket_timeout, results.max_connections, results.global_keyprefix) == (6.0, 3, "x")

@@ -18,6 +18,7 @@ from workers import ROOT, Program, environment
 
 from miniq import AsyncResult, MiniQ, Task, conf, signals
 from miniq.cli.main import build_parser
+from miniq.connections import redis_options
 from miniq.connections.sqlite import Options
 from miniq.pools.base import POOLS
 from miniq.producer import CALL_OPTIONS
@@ -156,7 +157,8 @@ def test_settings_that_nothing_reads_are_marked_and_no_others() -> None:
 
 #: What looks like a setting and is something else.
 OTHER_NAMES = {
-    *vars(signals), *vars(MiniQ), *vars(AsyncResult), *Options._fields,
+    *vars(signals), *vars(MiniQ), *vars(AsyncResult), *Options._fields, *redis_options.Options._fields,
+    *(path.stem for path in (ROOT / "miniq").rglob("*.py")),
     "task_id", "task_name", "task_cls", "task_ids",
 }  # fmt: skip
 
@@ -164,7 +166,7 @@ OTHER_NAMES = {
 @each_page
 def test_page_names_no_setting_that_does_not_exist(path: Path) -> None:
     found = re.findall(
-        r"(?<![\w./])(?:task|worker|broker|result)_[a-z][a-z_]*[a-z](?![\w(]|\.\.\.)",
+        r"(?<![\w./])(?:task|worker|broker|result|redis)_[a-z][a-z_]*[a-z](?![\w(]|\.\.\.)",
         "\n".join(literals(path.read_text(encoding="utf-8"))),
     )
     unknown = set(found) - set(conf.SETTINGS) - OTHER_NAMES
@@ -172,8 +174,9 @@ def test_page_names_no_setting_that_does_not_exist(path: Path) -> None:
 
 
 def test_defaults_that_differ_from_celery_are_told_right() -> None:
-    rows = re.findall(r"^``(worker_\w+)`` +(\S+) +(\S+)  ", text_of("porting-from-celery"), re.MULTILINE)
-    assert len(rows) == 4
+    section = text_of("porting-from-celery").partition("Settings with other defaults")[2]
+    rows = re.findall(r"^``(\w+)`` +(\S+) +(\S+)  ", section, re.MULTILINE)
+    assert len(rows) == 6
     for name, _, ours in rows:
         assert ours == repr(conf.SETTINGS[name].default)
     own = text_of("porting-from-celery").partition("Settings of miniq alone:")[2].partition(".")[0]
@@ -256,6 +259,39 @@ def test_options_of_the_sqlite_file_are_all_there_with_their_defaults() -> None:
     rows = re.findall(r"^``(\w+)`` +`*([\w.]+)`* ", text_of("sqlite").partition("Option  ")[2], re.MULTILINE)
     documented = dict(rows[: len(Options._fields)])
     assert documented == {name: str(default) for name, default in Options._field_defaults.items()}
+
+
+_TABLE = text_of("redis").partition("Option  ")[2].partition("\nKeys\n")[0]
+#: (name, default, meaning) of each.
+OPTIONS_OF_REDIS = re.findall(r"^``(\w+)`` +`*(.+?)`*  +(.+)$", _TABLE, re.MULTILINE)
+
+
+def test_options_of_redis_are_all_there_with_their_defaults() -> None:
+    documented = {name: default for name, default, _ in OPTIONS_OF_REDIS}
+    defaults = redis_options.Options._field_defaults
+    assert documented == {name: repr(default) for name, default in defaults.items()}
+
+
+def test_options_of_redis_that_nothing_reads_are_said_to_be_without_effect_and_no_others() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "miniq").rglob("redis*.py"))
+    marked = {name for name, _, text in OPTIONS_OF_REDIS if "without effect" in text}
+    assert marked == {name for name, _, _ in OPTIONS_OF_REDIS if not re.search(rf"\.{name}\b", source)}
+
+
+def test_keys_on_the_redis_server_are_those_that_are_written() -> None:
+    own = re.compile(r"_miniq\.([a-z_]+)")
+    stores = [*(ROOT / "miniq").rglob("redis*.py"), ROOT / "miniq/connections/listener.py"]
+    written = set(own.findall("\n".join(path.read_text(encoding="utf-8") for path in stores)))
+    # A channel that nobody ever subscribes to is no key.
+    assert set(own.findall(text_of("redis"))) == written - {"nobody"}
+
+
+def test_redis_urls_on_the_page_are_understood() -> None:
+    shown = re.findall(r"^``(\S+://\S+)``  ", text_of("redis"), re.MULTILINE)
+    assert len(shown) == 7
+    for url in shown:
+        options = redis_options.Options.read({}, url)
+        assert redis_options.endpoints(url, options)
 
 
 def test_pools_are_all_there() -> None:

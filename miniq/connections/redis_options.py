@@ -94,7 +94,6 @@ class Options(NamedTuple):
     fanout_prefix: Any = True  #: True, False, or the prefix itself with ``{db}`` in it
     fanout_patterns: bool = True
     queue_order_strategy: str = "round_robin"
-    park_eta: bool = True
     result_chord_ordered: bool = True
 
     @classmethod

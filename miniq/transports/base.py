@@ -46,6 +46,7 @@ TRANSPORTS: Dict[str, str] = {
     "sqlite": ".sqlite:SQLiteTransport",
     "unix": ".redis:RedisTransport",
     "valkey": ".redis:RedisTransport",
+    "valkey+socket": ".redis:RedisTransport",
     "valkeys": ".redis:RedisTransport",
 }
 

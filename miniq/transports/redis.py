@@ -60,6 +60,8 @@ _decode = json.JSONDecoder().decode
 #: Bytes of messages that go out in one command, about.
 BATCH_BYTES = 4_000_000
 BATCH_MESSAGES = 1000
+#: Exchanges that every Celery worker knows the type of, written down nowhere.
+_CELERYS_OWN = {"celery.pidbox": "fanout", "celeryev": "fanout"}
 
 
 class RedisTransport(Transport):
@@ -165,7 +167,7 @@ class RedisTransport(Transport):
 
     def _type_of(self, exchange: str) -> str:
         """Return an exchange's type: as declared here, else as anybody declared it, else direct."""
-        found = self._types.get(exchange)
+        found = self._types.get(exchange) or _CELERYS_OWN.get(exchange)
         if found is None:
             with self.link.using() as connection:
                 told = connection.call("HGET", self.link.layout.exchanges, exchange)

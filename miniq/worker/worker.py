@@ -2,8 +2,9 @@
 """Worker: one process's worth of work, put together and taken through its life.
 
     Worker(...)  imports the app's modules, reads settings and options
-    begin()      open broker and backend, start pool, task consumer and control; returns
-    run()        begin, turn the loop until everything has ended, clean up; the blocking form
+    begin()      start the pool, open broker and backend, start task consumer and control; returns
+    run()        the same, but with a broker that may not be there yet; turn the loop until everything has
+                 ended, clean up; the blocking form
     with worker: the same in a thread of its own, for scripts and tests
 
     stop()       warm: take nothing new, hand back what has not started, finish what runs
@@ -20,7 +21,7 @@ import logging
 import os
 import threading
 import warnings
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 from .. import _state, signals
 from ..backends.base import Backend
@@ -32,7 +33,7 @@ from ..pools.base import Pool, PoolOptions, pool_class
 from ..routing import Queue
 from ..text import mask_url, node_name
 from ..trace import TaskRunner
-from ..transports.base import Transport
+from ..transports.base import Consumer, Transport
 from .consumer import TaskConsumer
 from .control import CommandConsumer
 from .spec import AppRunnerSpec
@@ -47,6 +48,8 @@ AUTOSCALE_KEEPALIVE_S, AUTOSCALE_INTERVAL_S = 30.0, 1.0
 LAST_SETTLE_S = 10.0
 #: Seconds after its hard limit until a task is taken for stuck that holds the only slot there is.
 STUCK_S = 5.0
+#: Seconds between two tries to open the broker at the start; the last is repeated.
+START_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 #: Seconds for the main thread to come back from a task that was given up (pool solo).
 MAIN_THREAD_LEAVES_S = 2.0
 #: Seconds for what runs when a container is stopped (process 1), unless a setting says otherwise.
@@ -139,6 +142,8 @@ class Worker:
         self._ended = threading.Event()
         self._thread: Optional[threading.Thread] = None
         self._failure: Optional[BaseException] = None
+        #: What keeps it from starting, as long as that is tried again.
+        self.start_error: Optional[OperationalError] = None
         self._timers: List[Timer] = []
         self._pool_started = self._pool_stopped = self._left = False
         self._settle_deadline: Optional[Timer] = None
@@ -194,6 +199,10 @@ class Worker:
 
     def begin(self) -> None:
         """Open everything and start; the loop is turned by the caller."""
+        self._start_pool()
+        self._start_taking(*self._open_broker())
+
+    def _start_pool(self) -> None:
         app, loop = self.app, self.loop
         _state.set_current_app(app)
         signals.worker_init.send(sender=self)
@@ -208,17 +217,63 @@ class Worker:
         self.pool.start(loop, self._on_free)
         self._pool_ready.set()
         self.backend = self._given_backend or app.new_backend()
+
+    def _open_broker(self) -> Tuple[Consumer, Optional[Consumer]]:
+        """Declare the queues and become their consumer, and that of the control queue if there is to be one.
+
+        After an error everything can be tried again, once the transport was closed.
+        """
+        transport = self.transport
         for queue in self.queues:
-            self.transport.declare(queue)
+            transport.declare(queue)
             if self.purge:
-                logger.warning(
-                    "Purged %d messages from queue %s", self.transport.purge(queue.name), queue.name
-                )
+                logger.warning("Purged %d messages from queue %s", transport.purge(queue.name), queue.name)
+        # What is sent while the rest is tried again shall stay.
+        self.purge = False
         mailbox = None
-        if app.conf.worker_enable_remote_control and self.transport.fanout:
+        if self.app.conf.worker_enable_remote_control and transport.fanout:
             mailbox = control_queue(self.hostname)
-            self.transport.declare(mailbox)
-        consumer = self.transport.consumer(self.hostname, self.queues)
+            transport.declare(mailbox)
+        consumer = transport.consumer(self.hostname, self.queues)
+        return consumer, transport.consumer(self.hostname, [mailbox]) if mailbox else None
+
+    def _open_broker_patiently(self) -> "Optional[Tuple[Consumer, Optional[Consumer]]]":
+        """Do the same with a server that is not there yet, or loads its data; None = stopped meanwhile.
+
+        The loop turns in the pauses, for the pool and for who wants to stop it.  What only the operator
+        can mend (a wrong password, say) is not tried again.
+        """
+        conf, loop = self.app.conf, self.loop
+        most = conf.broker_connection_max_retries
+        since_mono, tries = loop.mono(), 0
+        while self.shutdown is None:
+            try:
+                opened = self._open_broker()
+            except OperationalError as error:
+                if not (conf.broker_connection_retry_on_startup and self.app.broker_is_server):
+                    raise
+                _quietly(self.transport.close)
+                if most is not None and tries >= most:
+                    raise
+                self.start_error = error
+                pause_s = START_PAUSES_S[min(tries, len(START_PAUSES_S) - 1)]
+                tries += 1
+                logger.error(
+                    "consumer: Cannot connect to the broker: %s. Trying again in %.2f seconds... (%d%s)",
+                    error, pause_s, tries, "" if most is None else f"/{most}",
+                )  # fmt: skip
+                until_mono = loop.mono() + pause_s
+                while self.shutdown is None and loop.mono() < until_mono:
+                    loop.run_once(until_mono - loop.mono())
+            else:
+                if tries:
+                    logger.warning("Broker reached after %.1f s.", loop.mono() - since_mono)
+                self.start_error = None
+                return opened
+        return None
+
+    def _start_taking(self, consumer: Consumer, commands: Optional[Consumer]) -> None:
+        app, loop = self.app, self.loop
         consumer.delivery_limit = app.conf.task_delivery_limit
         self.tasks = TaskConsumer(
             app,
@@ -234,8 +289,8 @@ class Worker:
             self.time_limit,
             self.soft_time_limit,
         )
-        if mailbox is not None:
-            self.commands = CommandConsumer(self, loop, self.transport.consumer(self.hostname, [mailbox]))
+        if commands is not None:
+            self.commands = CommandConsumer(self, loop, commands)
             self.commands.start()
         self._every(consumer.housekeep_interval_s, self._housekeep)
         self._every(CLEAN_UP_INTERVAL_S, self._clean_up)
@@ -265,9 +320,17 @@ class Worker:
             self.tasks.consumer.housekeep()
         except OperationalError as error:
             logger.debug("housekeeping is put off: %s", error)
+            if not self.app.conf.broker_connection_retry and self.app.broker_is_server:
+                self._leave_broker(error)
         self._look_for_stuck_tasks()
         if os.getpid() == 1:
             self._reap_strangers()
+
+    def _leave_broker(self, error: OperationalError) -> None:
+        if self.shutdown is None:
+            logger.error("Broker: %s; broker_connection_retry is off: this worker leaves.", error)
+            self.exitcode = 1
+            self._shut_down("warm", "the loss of its broker")
 
     def _look_for_stuck_tasks(self) -> None:
         """Leave when too many tasks run on after their hard limit: a thread cannot be killed."""
@@ -370,8 +433,13 @@ class Worker:
     def _run_core(self) -> None:
         """Begin, turn the loop, clean up: the part that owns broker and backend."""
         try:
-            self.begin()
-            self.loop.run_forever()
+            self._start_pool()
+            opened = self._open_broker_patiently()
+            if opened is None:
+                self._break_off()
+            else:
+                self._start_taking(*opened)
+                self.loop.run_forever()
         except BaseException as error:  # named net: told to whoever waits for the start or the end
             self._failure = error
             self._break_off()
@@ -386,7 +454,10 @@ class Worker:
                 self.on_stuck(self.exitcode or 1)
 
     def _break_off(self) -> None:
-        """After a failed start, or Ctrl-C where nobody handles it: stop at once, settle what can be."""
+        """After a start that failed or was stopped, or Ctrl-C where nobody handles it: stop at once.
+
+        What can be settled, is.
+        """
         if not self._pool_started:
             return
         if self.started.is_set():
@@ -431,6 +502,9 @@ class Worker:
         # A program that ends its own worker knows; a signal may be a surprise.
         level = logging.WARNING if reason else logging.INFO
         by = f" by {reason}" if reason else ""
+        if not hasattr(self, "tasks"):
+            logger.log(level, "Shutdown (%s)%s: the broker was not reached yet.", how, by)
+            return
         logger.log(level, "Shutdown (%s)%s: %d tasks running.", how, by, len(self.tasks.running))
         if first:
             self.tasks.stop_taking()
@@ -492,11 +566,19 @@ class Worker:
         self.close()
 
     def start_in_thread(self, timeout_s: float = 30.0) -> None:
-        """Run in a thread; return when messages are being taken, raise what prevented it."""
+        """Run in a thread; return when messages are being taken, raise what prevented it.
+
+        A worker that takes longer than `timeout_s` is stopped, and OperationalError raised.
+        """
         self._thread = threading.Thread(target=self._run_quietly, name="miniq-worker", daemon=True)
         self._thread.start()
         if not self.started.wait(timeout_s):
-            raise OperationalError(f"the worker {self.hostname} did not start within {timeout_s} s")
+            cause = self.start_error
+            self.close(0)
+            why = f": {cause}" if cause else ""
+            raise OperationalError(
+                f"the worker {self.hostname} did not start within {timeout_s:g} s{why}"
+            ) from cause
         if self._failure is not None:
             self._thread.join()
             raise self._failure
