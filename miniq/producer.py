@@ -351,7 +351,7 @@ class Producer:
     def new_transport(self, write: bool) -> Transport:
         """Return a new transport that nobody shares; `write` picks `broker_write_url`."""
         url = self.app.broker_url(write)
-        return transport_class(url)(url, self.app.conf.broker_transport_options, self.app.wall)
+        return transport_class(url)(url, self.app.broker_options(url), self.app.wall)
 
 
 def _add_headers(headers: Dict[str, Any], extra: Mapping[str, Any], name: str) -> None:
