@@ -137,13 +137,9 @@ class MiniQ:
         if config_source is not None:
             self.config_from_object(config_source, namespace=namespace)
         self.conf.update(dict(changes or {}))
-        given = {
-            "broker_url": broker,
-            "result_backend": backend,
-            "include": include or None,
-            **settings,
-        }
-        self.conf.update({key: value for key, value in given.items() if value is not None})
+        named = {"broker_url": broker, "result_backend": backend, "include": include or None}
+        given = {key: value for key, value in named.items() if value is not None}
+        self.conf.update({**given, **settings})
         if set_as_current:
             _state.set_current_app(self)
         _state.register_app(self)

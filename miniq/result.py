@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Generic, Iterator,
 from . import _state, states
 from .backends.base import Backend, StoredResult
 from .exceptions import (
+    BackendError,
     DecodeError,
     ImproperlyConfigured,
     IncompleteStream,
@@ -315,11 +316,17 @@ class AsyncResult(Generic[R]):
                     return meta
             if left is not None and (left <= 0 or on_interval is None):
                 raise TimeoutError(
-                    f"task {self.id} did not end within {timeout} s; its state is {self.state}"
-                    " (PENDING is also what an unknown or expired id looks like)"
+                    f"task {self.id} did not end within {timeout} s; {self._state_in_words()}"
                 )
             if on_interval is not None:
                 on_interval()
+
+    def _state_in_words(self) -> str:
+        try:
+            state = self.state
+        except BackendError as error:
+            return f"its state cannot be read: {error}"
+        return f"its state is {state} (PENDING is also what an unknown or expired id looks like)"
 
     def maybe_throw(
         self, propagate: bool = True, callback: Optional[Callable[[str, Any], Any]] = None

@@ -435,3 +435,8 @@ def test_the_app_gives_workers_and_the_command_line(app: MiniQ, capsys: Any) -> 
     assert app.Worker.__func__ is MiniQ.worker  # type: ignore[attr-defined]
     assert app.worker_main(["--help"]) == 0
     assert "--concurrency" in capsys.readouterr().out
+
+
+def test_a_setting_may_be_given_as_none() -> None:
+    app = MiniQ("none", result_expires=None, set_as_current=False)
+    assert app.conf.result_expires is None
