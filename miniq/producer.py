@@ -16,6 +16,7 @@ import os
 import random
 import threading
 import time
+from operator import attrgetter
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from . import _state, signals
@@ -23,7 +24,7 @@ from .canvas import as_list, check_signatures
 from .conf import SETTINGS
 from .exceptions import EncodeError, ImproperlyConfigured, OperationalError, UnknownOption
 from .message import Message, pack_body, validate_headers
-from .routing import Queue
+from .routing import Queue, Route, Router
 from .serialization import compress, dumps
 from .text import nearest, safe_repr
 from .times import eta_moment, expires_moment
@@ -59,6 +60,8 @@ TASK_OPTIONS = (
     "delivery_mode", "time_limit", "soft_time_limit", "ignore_result",
 )  # fmt: skip
 
+_task_options = attrgetter(*TASK_OPTIONS)
+
 #: Milliseconds: RabbitMQ refuses a larger per-message expiration.
 MAX_EXPIRATION_MS = 315_360_000_000
 _DELIVERY_MODES = {1: 1, 2: 2, "transient": 1, "persistent": 2}
@@ -70,6 +73,46 @@ class Prepared(NamedTuple):
     publication: Publication
     queue: Optional[Queue]
     task_id: str
+
+
+class Outline(NamedTuple):
+    """A call without its ids and arguments; the calls of a task without options share one.
+
+    `attributes` are those of the task that stand for options, `given` these and the call's options,
+    `options` the route's as well; `version` is that of the router's queues when it was asked.  Headers
+    and properties have all names in their order, None where a call has something of its own.
+    """
+
+    attributes: Tuple[Any, ...]
+    given: Dict[str, Any]
+    router: Router
+    version: int
+    route: Route
+    options: Dict[str, Any]
+    headers: Dict[str, Any]
+    properties: Dict[str, Any]
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether another call may get the same: nothing in it came from the arguments, or the clock."""
+        given, headers = self.given, self.headers
+        return (
+            self.router.tables_only  # a function may decide by the arguments
+            and given.get("exchange") is None
+            and given.get("routing_key") is None
+            and headers["shadow"] == self.route.options.get("shadow")
+            and headers["eta"] is None
+            and headers["expires"] is None
+            and all(value is None or isinstance(value, (str, int, float)) for value in self.attributes)
+        )
+
+    def holds_for(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Say whether a call without options would get it again, the settings being what they were."""
+        return (
+            self.attributes == _task_options(task)
+            and self.version == self.router.queues.version
+            and task.shadow_name(args, kwargs, dict(self.given)) is None
+        )
 
 
 def new_task_id() -> str:
@@ -117,8 +160,6 @@ def check_limits(hard: Optional[float], soft: Optional[float], what: str) -> Non
 
 
 def _signatures(value: Any, option: str) -> Optional[List[Any]]:
-    if value is None:
-        return None
     found = as_list(value)
     check_signatures(found, option)
     return found or None
@@ -150,23 +191,49 @@ class Producer:
         route, the settings.  Raises `EncodeError`, `QueueNotFound`, what `check_options` raises, and
         `ValueError` for values out of range.
         """
+        frame = _state.worker_frame()
+        if options or task is None or frame is not None:
+            check_options(options)
+            outline = self._outline(name, args, kwargs, options, task, frame)
+            return self._complete(outline, args, kwargs, frame)
+        # The app forgets them when a setting changes.
+        outlines: Dict[str, Outline] = self.app._cached("outlines", dict)
+        known = outlines.get(name)
+        if known is None or not known.holds_for(task, args, kwargs):
+            known = self._outline(name, args, kwargs, options, task, None)
+            if known.is_lasting:
+                outlines[name] = known
+        return self._complete(known, args, kwargs, None)
+
+    def _outline(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        options: Dict[str, Any],
+        task: Any,
+        frame: Optional[_state.Frame],
+    ) -> Outline:
+        """Route a call and return all of its message in which neither ids nor arguments have a part."""
         app = self.app
         conf = app.conf
-        check_options(options)
+        attributes: Tuple[Any, ...] = ()
         if task is not None:
             options = dict(options)
-            for key in TASK_OPTIONS:
-                value = getattr(task, key)
+            attributes = _task_options(task)
+            for key, value in zip(TASK_OPTIONS, attributes):
                 if value is not None and options.get(key) is None:
                     options[key] = value
-            if options.get("shadow") is None:
-                options["shadow"] = task.shadow_name(args, kwargs, options)
-        route = app.router.route(options, name, args, kwargs, task)
+        given = options
+        if task is not None and options.get("shadow") is None:
+            options = {**options, "shadow": task.shadow_name(args, kwargs, dict(options))}
+        router = app.router
+        version = router.queues.version
+        route = router.route(options, name, args, kwargs, task)
         if route.options:
             options = {**route.options, **{k: v for k, v in options.items() if v is not None}}
         get = options.get
 
-        task_id = get("task_id") or new_task_id()
         eta_text = expires_text = expiration = None
         if get("countdown") is not None or get("eta") is not None or get("expires") is not None:
             now = app.wall()
@@ -177,14 +244,9 @@ class Producer:
                 expires_text = expires.text
                 expiration = str(min(max(0, int((expires.epoch - now) * 1000)), MAX_EXPIRATION_MS))
 
-        root_id, parent_id, priority = get("root_id"), get("parent_id"), get("priority")
-        frame = _state.worker_frame()
-        if frame is not None:
-            request = frame.request
-            root_id = root_id or request.root_id or request.id
-            parent_id = parent_id or request.id
-            if priority is None and conf.task_inherit_parent_priority:
-                priority = (request.delivery_info or {}).get("priority")
+        priority = get("priority")
+        if priority is None and frame is not None and conf.task_inherit_parent_priority:
+            priority = (frame.request.delivery_info or {}).get("priority")
         if priority is None:
             priority = conf.task_default_priority or 0
         elif not 0 <= priority <= 255:
@@ -192,44 +254,38 @@ class Producer:
         hard, soft = get("time_limit"), get("soft_time_limit")
         if hard is not None or soft is not None:
             check_limits(hard, soft, f"task {name}")
-        ignore_result, stamped = get("ignore_result"), get("stamped_headers")
+        ignore_result = get("ignore_result")
         if ignore_result is None and task is not None:  # else the receiver's task decides
             ignore_result = conf.task_ignore_result
-        origin, reply_address = app.identity
-        levels = conf.task_repr_maxlevels
         headers: Dict[str, Any] = {
             "lang": "py",
             "task": name,
-            "id": task_id,
+            "id": None,
             "shadow": get("shadow"),
             "eta": eta_text,
             "expires": expires_text,
             "group": get("group_id"),
             "group_index": get("group_index"),
             "retries": get("retries") or 0,
-            "timelimit": [hard, soft],
-            "root_id": root_id or task_id,
-            "parent_id": parent_id,
-            "argsrepr": get("argsrepr") or safe_repr(args, 1024, levels),
-            "kwargsrepr": get("kwargsrepr") or safe_repr(kwargs, 1024, levels),
-            "origin": origin,
+            "timelimit": None,
+            "root_id": None,
+            "parent_id": None,
+            "argsrepr": None,
+            "kwargsrepr": None,
+            "origin": None,
             "ignore_result": ignore_result,
             "replaced_task_nesting": get("replaced_task_nesting") or 0,
-            "stamped_headers": stamped,
-            "stamps": {key: get(key) for key in stamped} if stamped else {},
+            "stamped_headers": get("stamped_headers"),
+            "stamps": None,
         }
-        compression = get("compression") or conf.task_compression
-        extra = get("headers")
-        if extra:
-            _add_headers(headers, extra, name)
         mode = get("delivery_mode")
         if mode is None:
             mode = conf.task_default_delivery_mode
         if mode not in _DELIVERY_MODES:
             raise ValueError(f"delivery_mode must be 1 (transient) or 2 (persistent), not {mode!r}")
         properties: Dict[str, Any] = {
-            "correlation_id": task_id,
-            "reply_to": get("reply_to") or reply_address,
+            "correlation_id": None,
+            "reply_to": None,
             "delivery_mode": _DELIVERY_MODES[mode],
             "priority": priority,
         }
@@ -238,8 +294,46 @@ class Producer:
         for key in options.keys() & PROPERTY_OPTIONS:
             if options[key] is not None:
                 properties[key] = options[key]
-        callbacks = _signatures(get("link"), "link")
-        errbacks = _signatures(get("link_error"), "link_error")
+        return Outline(attributes, given, router, version, route, options, headers, properties)
+
+    def _complete(
+        self, outline: Outline, args: Sequence[Any], kwargs: Mapping[str, Any], frame: Optional[_state.Frame]
+    ) -> Prepared:
+        """Return the message of one call; what can be changed in it is its own."""
+        app = self.app
+        conf = app.conf
+        route, get, name = outline.route, outline.options.get, outline.headers["task"]
+        task_id = get("task_id") or new_task_id()
+        root_id, parent_id = get("root_id"), get("parent_id")
+        if frame is not None:
+            request = frame.request
+            root_id = root_id or request.root_id or request.id
+            parent_id = parent_id or request.id
+        origin, reply_address = app.identity
+        stamped, levels = get("stamped_headers"), conf.task_repr_maxlevels
+        headers: Dict[str, Any] = {
+            **outline.headers,
+            "id": task_id,
+            "timelimit": [get("time_limit"), get("soft_time_limit")],
+            "root_id": root_id or task_id,
+            "parent_id": parent_id,
+            "argsrepr": get("argsrepr") or safe_repr(args, 1024, levels),
+            "kwargsrepr": get("kwargsrepr") or safe_repr(kwargs, 1024, levels),
+            "origin": origin,
+            "stamps": {key: get(key) for key in stamped} if stamped else {},
+        }
+        compression = get("compression") or conf.task_compression
+        extra = get("headers")
+        if extra:
+            _add_headers(headers, extra, name)
+        properties: Dict[str, Any] = {
+            **outline.properties,
+            "correlation_id": task_id,
+            "reply_to": get("reply_to") or reply_address,
+        }
+        link, link_error = get("link"), get("link_error")
+        callbacks = None if link is None else _signatures(link, "link")
+        errbacks = None if link_error is None else _signatures(link_error, "link_error")
         chain = get("chain")
         if chain:
             check_signatures(chain, "chain")

@@ -515,7 +515,8 @@ class Router:
         self.queues = queues if isinstance(queues, Queues) else Queues(queues, **settings)
         self._routers = _prepare(routes)
         #: Only tables can be remembered by the task's name; a function may decide by the arguments.
-        self._tables_only = all(isinstance(router, MapRoute) for router in self._routers)
+        #: Whether routes depend on the name of the task alone, not on a function of the user.
+        self.tables_only = all(isinstance(router, MapRoute) for router in self._routers)
         self._by_task: Dict[str, Route] = {}
         self._by_queue: Dict[str, Route] = {}
         self._version = self.queues.version
@@ -538,7 +539,7 @@ class Router:
         if get("exchange") is None and get("routing_key") is None:
             remembered, key = None, name
             if queue is None:
-                remembered = self._by_task if self._tables_only else None
+                remembered = self._by_task if self.tables_only else None
             elif type(queue) is str and not self._routers:
                 remembered, key = self._by_queue, queue
             if remembered is not None:

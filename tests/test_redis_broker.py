@@ -21,6 +21,7 @@ from waiting import wait_until
 from workers import environment
 
 from miniq import MiniQ
+from miniq.connections.owners import OwnerLocks
 from miniq.connections.redis import Server
 from miniq.exceptions import ImproperlyConfigured, OperationalError
 from miniq.message import Delivery, Message
@@ -29,6 +30,7 @@ from miniq.times import to_iso
 from miniq.transports.base import NotOurs, Publication
 from miniq.transports.redis import RedisTransport
 from miniq.transports.redis_consumer import RedisConsumer
+from miniq.transports.redis_upkeep import local_path
 
 WORK = Queue("work")
 CAPTURED: Dict[str, Dict[str, Any]] = {
@@ -692,15 +694,20 @@ def die(ask: Ask, consumer: RedisConsumer) -> None:
     assert ask("DEL", f"_miniq.alive.{consumer.owner}") == 1
 
 
+def take_over(survivor: RedisConsumer, dead: RedisConsumer, ask: Ask) -> None:
+    """Let the lease of the survivor go by half, until he takes the other for dead."""
+    wait_until(lambda: survivor.housekeep() or not ask("EXISTS", f"_miniq.held.{dead.owner}"))
+
+
 def test_worker_that_lost_its_lease_settles_nothing(
     open_transport: Open, transport: RedisTransport, consumer: RedisConsumer, ask: Ask
 ) -> None:
     put_names(transport, "a", "b", "c")
-    survivor = open_transport().consumer("survivor", [WORK])
+    survivor = open_transport(lease=0.1).consumer("survivor", [WORK])
     held = consumer.poll(3)
     consumer.start(held[:2])
     die(ask, consumer)
-    survivor.housekeep()
+    take_over(survivor, consumer, ask)
     assert not consumer.ack(held[0])
     with pytest.raises(NotOurs) as caught, transport.transaction():
         put_names(transport, "follow-up")
@@ -731,7 +738,7 @@ def test_lease_that_was_renewed_in_time_is_not_recovered(
 
 
 def test_started_messages_that_no_child_began_go_back_and_the_others_are_lost(
-    open_transport: Open, consumer: RedisConsumer, transport: RedisTransport, ask: Ask
+    open_transport: Open, consumer: RedisConsumer, transport: RedisTransport
 ) -> None:
     put_names(transport, "early", "early and begun", "late", "late and begun")
     dying = open_transport().consumer("dying", [WORK])
@@ -744,7 +751,8 @@ def test_started_messages_that_no_child_began_go_back_and_the_others_are_lost(
     dying.start(found)
     for delivery in (found[1], found[3]):
         journal.mark(delivery.token or 0)
-    die(ask, dying)
+    # As the kernel does when the process is gone: the journal tells what will not begin any more.
+    OwnerLocks.of(local_path()).drop(int(dying.owner, 16))
     consumer.housekeep()
     assert facts(consumer.poll(9)) == {
         "early": (None, "", 0),

@@ -110,7 +110,7 @@ def encode_many(commands: Iterable[Sequence[Part]]) -> bytes:
 
 def _as_bytes(part: Part) -> bytes:
     if isinstance(part, str):
-        return part.encode()
+        return part.encode("utf-8", "surrogatepass")
     if isinstance(part, int) and not isinstance(part, bool):
         return b"%d" % part
     if isinstance(part, float):

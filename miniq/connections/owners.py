@@ -4,7 +4,7 @@
 Byte number N of the file ``<database>-owners`` stands for owner N of that database.  The kernel
 lets go of the lock however the process ends, kill -9 included, and at no other time: a worker may
 run one task for hours, or be stopped, and keeps what it holds.  The file stays empty; it must not
-be deleted while workers run.
+be deleted while workers run (`OwnerLocks.keep` is for folders where that happens all the same).
 
 Source: fcntl(2), POSIX record locks; on Windows ``_locking``.
 """
@@ -74,6 +74,20 @@ class OwnerLocks:
                 return False
             finally:
                 self._close_unused()
+
+    def keep(self) -> None:
+        """Make the file look used, for those who delete what is old; make it anew where they did."""
+        with self._guard:
+            if self._fd < 0:
+                return
+            if os.fstat(self._fd).st_nlink:
+                os.utime(self._path)
+                return
+            os.close(self._fd)
+            self._fd = -1
+            self._open()
+            for owner in self._ids:
+                _lock_byte(self._fd, owner)
 
     def _open(self) -> None:
         if self._fd < 0:

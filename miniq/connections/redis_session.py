@@ -54,6 +54,21 @@ local unacked, index, prefix = KEYS[1], KEYS[2], ARGV[1]
 local held = prefix .. '_miniq.held.'
 local FINAL = {SUCCESS = true, FAILURE = true, REVOKED = true}
 
+-- Lua hands some 8000 values over at most; even, for pairs.
+local MOST = 4000
+
+local function in_parts(command, key, values, first, last)
+  if last - first < MOST then return call(command, key, unpack(values, first, last)) end
+  local found = {}
+  for n = first, last, MOST do
+    local part = call(command, key, unpack(values, n, math.min(n + MOST - 1, last)))
+    if type(part) == 'table' then
+      for m = 1, #part do found[#found + 1] = part[m] end
+    end
+  end
+  return found
+end
+
 local function remove(owner, id, state)
   call('HDEL', held .. owner, id)
   call('HDEL', unacked, id)
@@ -65,6 +80,7 @@ local function find(owner, id)
   if not state then return nil end
   local value = call('HGET', unacked, id)
   local tail, list = string.match(state, '^%a%d*|(%d+)|(.*)$')
+  call('LLEN', list) -- an error comes before it is removed
   return state, value and string.sub(value, 2, -1 - tail), list
 end
 
@@ -107,7 +123,15 @@ local ops, groups = tonumber(ARGV[2]), tonumber(ARGV[3])
 local gone = {}
 local at = 4
 for _ = 1, ops do
-  if ARGV[at] == 'dead' and call('EXISTS', ARGV[at + 2]) == 1 then gone[1] = 'alive' end
+  local code = ARGV[at]
+  if code == 'dead' then
+    if call('EXISTS', ARGV[at + 2]) == 1 then gone[1] = 'alive' end
+  -- An error undoes nothing that was done before it: keys of another type are found before anything is.
+  elseif code == 'store' then
+    call('STRLEN', ARGV[at + 2])
+  elseif code == 'do' and string.sub(ARGV[at + 2], -4) == 'PUSH' then
+    call('LLEN', ARGV[at + 3])
+  end
   at = at + 2 + ARGV[at + 1]
 end
 -- What is to be settled and started, of one owner each: is all of it still the owner's?
@@ -116,8 +140,8 @@ for n = 1, groups do
   local owner, ends = ARGV[at], tonumber(ARGV[at + 1])
   local late, early = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
   local first, last = at + 4, at + 3 + ends + late + early
-  local states = call('HMGET', held .. owner, unpack(ARGV, first, last))
-  local scores = call('ZMSCORE', index, unpack(ARGV, first, last))
+  local states = in_parts('HMGET', held .. owner, ARGV, first, last)
+  local scores = in_parts('ZMSCORE', index, ARGV, first, last)
   for m = 1, #states do
     if not states[m] or (string.byte(states[m]) ~= 101 and not scores[m]) then
       gone[#gone + 1] = ARGV[first + m - 1]
@@ -168,11 +192,11 @@ for n = 1, groups do
     if not is_early and (m <= ends or m > ends + late) then there[#there + 1] = id end
   end
   if ends > 0 then
-    call('HDEL', held .. owner, unpack(ARGV, first, first + ends - 1))
-    call('HDEL', unacked, unpack(ARGV, first, first + ends - 1))
+    in_parts('HDEL', held .. owner, ARGV, first, first + ends - 1)
+    in_parts('HDEL', unacked, ARGV, first, first + ends - 1)
   end
-  if #changed > 0 then call('HSET', held .. owner, unpack(changed)) end
-  if #there > 0 then call('ZREM', index, unpack(there)) end
+  if #changed > 0 then in_parts('HSET', held .. owner, changed, 1, #changed) end
+  if #there > 0 then in_parts('ZREM', index, there, 1, #there) end
 end
 
 at = claim
@@ -184,26 +208,37 @@ at = at + 6
 
 -- What is due goes where it is taken from, the latest first, so that the earliest is taken first.
 local next_due = false
+local bad = {} -- keys that are no lists: another program's
 for n = 3 + lists, #KEYS do
   local first = call('ZRANGE', KEYS[n], 0, 0, 'WITHSCORES')
   while first[2] and tonumber(first[2]) <= tonumber(now) do
     local due = call('ZRANGE', KEYS[n], now, '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, 500)
     for m = 1, #due do
       local cut = string.find(due[m], '\\0', 1, true)
-      call('RPUSH', string.sub(due[m], 1, cut - 1), string.sub(due[m], cut + 1))
+      local list = string.sub(due[m], 1, cut - 1)
+      -- Removed first: a full server lets that go through, and then what follows.
       call('ZREM', KEYS[n], due[m])
+      if type(redis.pcall('RPUSH', list, string.sub(due[m], cut + 1))) == 'table' then
+        bad[#bad + 1] = list
+        call('ZADD', KEYS[n], now + 60, due[m])
+      end
     end
     first = call('ZRANGE', KEYS[n], 0, 0, 'WITHSCORES')
   end
   if first[2] and (not next_due or tonumber(first[2]) < tonumber(next_due)) then next_due = first[2] end
 end
 
+-- Of another type, these raise before anything is taken.
+call('HLEN', unacked)
+call('ZCARD', index)
 local found = {}
 local values, scores, states = {}, {}, {}
 local ends
 for n = 1, lists do
-  local items = limit > 0 and call('RPOP', KEYS[n + 2], limit)
-  if items then
+  local items = limit > 0 and redis.pcall('RPOP', KEYS[n + 2], limit)
+  if items and items.err then
+    bad[#bad + 1] = KEYS[n + 2]
+  elseif items then
     if not ends then ends = call('TIME')[1] + lease end
     local tail = ', "", ' .. cjson.encode(ARGV[at + n]) .. ']'
     local state = 'r|' .. #tail .. '|' .. KEYS[n + 2]
@@ -226,10 +261,12 @@ if #found > 0 then
   call('HSET', unacked, unpack(values))
   call('ZADD', index, unpack(scores))
   call('HSET', held .. owner, unpack(states))
+  -- One who was taken for dead meanwhile: somebody must know of him when he really is.
+  call('HSETNX', prefix .. '_miniq.owners', owner, '{"journal": true}')
 end
 -- Remembered by the server for this connection: it tells when one of them changes.
 if limit > 0 and track == '1' then call('EXISTS', unpack(KEYS, 3)) end
-return {gone, next_due, call('EXISTS', prefix .. '_miniq.revoked'), found}
+return {gone, next_due, call('EXISTS', prefix .. '_miniq.revoked'), found, bad}
 """
 )
 
@@ -305,6 +342,7 @@ class Claimed(NamedTuple):
     next_due: Optional[float]
     any_revoked: bool
     items: List[Tuple[int, bytes]]
+    bad: List[bytes]  #: keys of another type, passed over
 
 
 class Settle:
@@ -365,9 +403,9 @@ def run_ops(
     reply: List[Any] = connection.run(RUN, keys, args, timeout_s=timeout_s)
     if len(reply) < 4:
         return reply[0], _NOTHING
-    _, due, revoked, found = reply
+    _, due, revoked, found, bad = reply
     return reply[0], Claimed(
-        None if due is None else float(due), bool(revoked), list(zip(found[::2], found[1::2]))
+        None if due is None else float(due), bool(revoked), list(zip(found[::2], found[1::2])), bad
     )
 
 
@@ -383,7 +421,7 @@ def pipeline(
     return replies
 
 
-_NOTHING = Claimed(None, False, [])
+_NOTHING = Claimed(None, False, [], [])
 
 
 class Session:

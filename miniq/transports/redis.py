@@ -85,12 +85,14 @@ class RedisTransport(Transport):
 
     # -- declare and publish
 
-    def declare(self, queue: Queue, timeout_s: Optional[float] = None) -> None:
+    def declare(self, queue: Queue, timeout_s: Optional[float] = None, again: bool = False) -> None:
         known = self._declared.get(queue.name)
-        if (known is queue or known == queue) and self._pid == os.getpid():
+        if (known is queue or known == queue) and self._pid == os.getpid() and not again:
             return
         self._pid = os.getpid()
         layout = self.link.layout
+        if "\0" in queue.name or layout.prefix + queue.name in (layout.unacked, layout.index):
+            raise ImproperlyConfigured(f"queue {queue.name!r}: on Redis a queue cannot be called so")
         lasting = not queue.auto_delete and queue.expires is None
         settings: Dict[str, Any] = {
             "auto_delete": queue.auto_delete,
@@ -135,7 +137,7 @@ class RedisTransport(Transport):
             begun_mono = monotonic()
             with self.link.server.borrow(timeout_s) as connection:
                 left_s = begun_mono + timeout_s - monotonic()
-                connection.call("LPUSH", layout.list_for(queue, message.priority), item, timeout_s=left_s)
+                connection.call(b"LPUSH", layout.list_for(queue, message.priority), item, timeout_s=left_s)
             return
         routes: Dict[Tuple[str, str], List[str]] = {}
         for _, exchange, routing_key in publications:

@@ -16,7 +16,8 @@ import logging
 import os
 import random
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
+from time import monotonic
+from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from ..connections.redis import Connection
 from ..connections.redis_session import MOST_CLAIMED, Claim, Op
@@ -37,6 +38,8 @@ NET_INTERVAL_S, LOOK_INTERVAL_S = 2.0, 0.2
 LISTEN_INTERVAL_S = 10.0
 #: Claims of one poll at most, where what comes is not due or over.
 ROUNDS = 20
+#: No limit to what one poll takes.
+NO_LIMIT = 1 << 30
 #: Messages of a fanout exchange that wait here at most; older ones are dropped, with a line in the log.
 MOST_HEARD = 10_000
 
@@ -62,7 +65,7 @@ class Held:
         self.state = Held.HERE
         #: How often it was started, the start here included.
         self.starts = 0
-        #: The answer to the step that was to settle it got lost.
+        #: A step was to settle it, and its answer got lost, or what came after it failed.
         self.doubted = False
 
     def counted_item(self, starts: int, lost_by: str = "", queue: str = "") -> bytes:
@@ -83,6 +86,8 @@ class Held:
     def done(self) -> None:
         """The step happened."""
         if self.state == Held.ENDING:
+            # Whoever waits for the end of the transaction does not know that yet.
+            self.doubted = True
             self.let_go()
 
     def let_go(self) -> None:
@@ -103,10 +108,13 @@ class Held:
 class RedisConsumer(Consumer):
     """A worker's share of a Redis server."""
 
+    #: How it is known as alive.
+    ownership_class = Ownership
+
     def __init__(
         self,
         link: Link,
-        declare: Callable[[Queue], None],
+        declare: Callable[..., None],
         node: str,
         queues: Iterable[Queue],
         on_close: "Callable[[RedisConsumer], Any]",
@@ -129,8 +137,16 @@ class RedisConsumer(Consumer):
         self._queues: Dict[str, Queue] = {}
         self._lists: List[str] = []
         self._list_queues: List[str] = []
+        #: Their keys and those of what is parked.  The server tells of more: of all keys of a script.
+        self._looked_at: Set[bytes] = set()
+        #: What made the descriptor readable was of no concern: the poll for which that was needs no claim.
+        self._nothing_new = False
         self._turns = 0
         self._number = 0
+        #: Messages that the next poll takes at most.
+        self._most = NO_LIMIT
+        #: A poll that failed after this time was not refused, it was too slow.
+        self._patience_s = link.options.socket_timeout
         self.woken = True
         self._due: Optional[float] = None
         self._due_known = False
@@ -138,9 +154,13 @@ class RedisConsumer(Consumer):
         self._heard: Deque[Held] = deque()
         self._heard_later: List[Tuple[float, int, Held]] = []
         self._retired: List[Connection] = []
+        #: The one whose descriptor was given out last.
+        self._watched: Optional[Connection] = None
+        #: Keys that are no lists, told in the log.
+        self._bad: Set[bytes] = set()
         self._ears: Optional[Connection] = None
         self._closed = self._registered = False
-        self._ownership = Ownership(link, node, self._queues)
+        self._ownership = self.ownership_class(link, node, self._queues)
         self.owner = self._ownership.owner
         queues = list(queues)
         #: Whether this consumer listens on the transport's own connection.
@@ -170,8 +190,15 @@ class RedisConsumer(Consumer):
         self.in_doubt = self.in_doubt or old is not None
         if self.shares:
             if old is not None:
-                self._retired.append(old)
+                self._retire(old)
             self._use(new)
+
+    def _retire(self, connection: Connection) -> None:
+        """Close it, or keep its descriptor valid while somebody may still watch that."""
+        if connection is self._watched:
+            self._retired.append(connection)
+        else:
+            connection.close()
 
     def _use(self, connection: Connection) -> None:
         """Listen on a connection."""
@@ -191,7 +218,7 @@ class RedisConsumer(Consumer):
         if ears is not None and not ears.broken:
             return ears
         if ears is not None:
-            self._retired.append(ears)
+            self._retire(ears)
         ears = self._ears = self._link.connect(self.node)
         self._use(ears)
         self._subscribe(ears, self._queues.values())
@@ -218,7 +245,8 @@ class RedisConsumer(Consumer):
     def _on_push(self, push: List[Any]) -> None:
         kind = push[0]
         if kind == b"invalidate":
-            self.woken = True
+            # None: all keys were deleted.
+            self.woken = self.woken or push[1] is None or not self._looked_at.isdisjoint(push[1])
         elif kind in (b"pmessage", b"message"):
             self.woken = True
             if len(self._heard) >= MOST_HEARD:
@@ -241,12 +269,14 @@ class RedisConsumer(Consumer):
         for connection in self._retired:
             connection.close()
         self._retired.clear()
+        self._watched = ear
         return ear.fileno()
 
     def on_readable(self) -> None:
         connection = self._link.connection() if self.shares else self._ears
         if connection is not None and not connection.broken:
             connection.take_pushes()
+        self._nothing_new = not self.woken
 
     def changed(self) -> bool:
         if self.woken:
@@ -284,15 +314,19 @@ class RedisConsumer(Consumer):
         for step in range(len(self._layout.steps)):
             self._lists += [one[step] for one in lists]
             self._list_queues += names
+        self._looked_at = {key.encode() for key in (*self._lists, *self._parked_keys())}
 
     def _parked_keys(self) -> List[str]:
         return [self._layout.parked(name) for name, queue in self._queues.items() if not _is_fanout(queue)]
 
     def poll(self, limit: int) -> List[Delivery]:
-        if limit <= 0:
+        nothing_new, self._nothing_new = self._nothing_new, False
+        if limit <= 0 or (nothing_new and not self.woken and not self._link.has_operations):
             return []
         now = self._wall()
-        self.woken = False
+        begun_mono = monotonic()
+        self.woken = limit > self._most
+        limit = min(limit, self._most)
         if not self.shares:
             ears = self._open_ears()
             if self._lists:
@@ -304,10 +338,14 @@ class RedisConsumer(Consumer):
             try:
                 with self._link.transaction():
                     self._take_waiting(found, limit, now)
-            except BaseException:
+            except BaseException as error:
                 # What was taken and is not known here, the server will tell.
                 self.in_doubt = True
+                if isinstance(error, OperationalError) and monotonic() - begun_mono >= self._patience_s:
+                    # It may have been more than the line brings in time.
+                    self._most = max(1, limit // 4)
                 raise
+            self._most = min(2 * self._most, NO_LIMIT)
         return [held.delivery for held in found if held.delivery is not None]
 
     def _take_waiting(self, found: List[Held], limit: int, now: float) -> None:
@@ -352,14 +390,18 @@ class RedisConsumer(Consumer):
             self._list_queues, self._parked_keys(),
         )  # fmt: skip
         first = self._number
-        try:
-            claimed = link.step(claim, [*returning, *ops])
-        except OperationalError:
-            # The numbers of what may have been taken are not used again.
-            self._number += limit
-            raise
+        # Whatever comes in between, the numbers of what may have been taken are not used again.
+        self._number += limit
+        claimed = link.step(claim, [*returning, *ops])
+        self._number = first + len(claimed.items)
         del self.returning[: len(returning)]
-        self._number += len(claimed.items)
+        for key in claimed.bad:
+            if key not in self._bad:
+                self._bad.add(key)
+                logger.error(
+                    "another program uses the key %r: nothing can be taken from there; remove it, or use"
+                    " another database or a global_keyprefix", key,
+                )  # fmt: skip
         self._due, self._due_known = claimed.next_due, True
         taken = []
         for offset, (index, item) in enumerate(claimed.items):
@@ -508,6 +550,12 @@ class RedisConsumer(Consumer):
         held = delivery.tag
         return held if isinstance(held, Held) and held.consumer is self and held.state == Held.HERE else None
 
+    def _to_settle(self, delivery: Delivery) -> Optional[Held]:
+        """Return the message if it may be settled, or if it may have been: then the step will tell."""
+        held = delivery.tag
+        doubted = isinstance(held, Held) and held.consumer is self and held.doubted
+        return held if doubted and self._link.session is not None else self._mine(delivery)
+
     def _do(self, ops: Sequence[Op], touched: Sequence[Held] = ()) -> None:
         link = self._link
         with link.transaction():
@@ -518,7 +566,7 @@ class RedisConsumer(Consumer):
 
     def _end(self, delivery: Delivery, *commands: Op) -> bool:
         """Settle, and do what comes instead of the message; say whether it was ours."""
-        held = self._mine(delivery)
+        held = self._to_settle(delivery)
         if held is None:
             return False
         session = self._link.session
@@ -545,7 +593,7 @@ class RedisConsumer(Consumer):
     def reject(self, delivery: Delivery, requeue: bool, reason: str = "rejected") -> bool:
         if not requeue:
             return self.dead_letter(delivery, reason)
-        held = self._mine(delivery)
+        held = self._to_settle(delivery)
         if held is None:
             return False
         if not held.list:
@@ -580,7 +628,7 @@ class RedisConsumer(Consumer):
             self._do(ops, touched)
 
     def defer(self, delivery: Delivery, until: float) -> bool:
-        held = self._mine(delivery)
+        held = self._to_settle(delivery)
         if held is None:
             return False
         if not held.list:
@@ -599,7 +647,7 @@ class RedisConsumer(Consumer):
         return self._end(delivery, ("ZADD", self._layout.parked(delivery.queue), repr(until), member))
 
     def dead_letter(self, delivery: Delivery, reason: str) -> bool:
-        held = self._mine(delivery)
+        held = self._to_settle(delivery)
         if held is None:
             return False
         at = self._wall()
@@ -615,10 +663,24 @@ class RedisConsumer(Consumer):
     def start_journal(self) -> Optional[StartJournal]:
         return self._ownership.journal
 
+    def keep_alive(self) -> None:
+        """Told by a consumer of this link that keeps house; for one that only listens nobody does."""
+        self._ownership.renew_in_time()
+
     def housekeep(self) -> None:
         if self._ownership.recover_the_dead(self.delivery_limit, self.random.random):
-            self._due_known = False
             self.woken = True
+        for consumer in self._link.consumers:
+            if consumer is not self:
+                consumer.keep_alive()
+        # What others parked and then left behind, nobody tells of.
+        known, self._due_known = self._due, False
+        self.next_due()
+        if self._due != known:
+            self.woken = True
+        for name in self._ownership.forgotten:
+            logger.warning("queue %s was deleted on the server and is declared anew", name)
+            self._declare(self._queues[name], again=True)
         if self.returning:
             self._do(self._returning_ops())
             self.returning.clear()

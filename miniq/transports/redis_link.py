@@ -54,6 +54,9 @@ class Listening(Protocol):
     def on_connection(self, old: Optional[Connection], new: Connection) -> None:
         """The link's own connection is a new one; who shares it closes the old one."""
 
+    def keep_alive(self) -> None:
+        """Renew its lease, if it is time to."""
+
     def on_own_push(self) -> None:
         """Something was put into a list over this link."""
 
@@ -179,6 +182,11 @@ class Link:
     def in_transaction(self) -> bool:
         """Say whether operations are collected."""
         return self._session is not None
+
+    @property
+    def has_operations(self) -> bool:
+        """Say whether something was collected that the next step does."""
+        return self._session is not None and not self._session.is_empty
 
     @property
     def has_connection(self) -> bool:

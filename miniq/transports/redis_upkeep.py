@@ -13,6 +13,7 @@ Others leave it half a lease longer to them.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -34,12 +35,16 @@ logger = logging.getLogger(__name__)
 
 #: How many messages of a dead owner are given back in one step.
 RECOVERED_AT_ONCE = 200
+#: A journal of a dead owner that nobody has recovered for so long is of no more use.
+OLD_JOURNAL_S = 7 * 86400.0
 
 #: Renews a lease and the scores that Celery's workers go by.  KEYS: lease, owners, held, unacked_index; ARGV:
 #: lease in ms, owner, what it says of itself, lease in s, what all lease keys begin with.
 RENEW = Script(
     """
 local call = redis.call
+-- A full server lets a script go on writing that has begun with what frees memory.
+call('HDEL', KEYS[2], '')
 call('SET', KEYS[1], '1', 'PX', ARGV[1])
 call('HSET', KEYS[2], ARGV[2], ARGV[3])
 local ends = call('TIME')[1] + ARGV[4]
@@ -68,18 +73,35 @@ class Ownership:
         self._layout = link.layout
         self._wall = link.wall
         self._dead_since: Dict[str, float] = {}
+        #: Queues of ours that the server did not know at the last look, as after FLUSHALL.
+        self.forgotten: List[str] = []
+        #: Where durations are measured; a simulation has a clock of its own.
+        self.mono: Callable[[], float] = time.monotonic
+        self._renewed_mono = 0.0
         self._number = int.from_bytes(os.urandom(7), "big") >> 2
         self.owner = f"{self._number:014x}"
         #: Where children note what they begin; None where there is no such place.
         self.journal: Optional[StartJournal] = None
         self._locks: Optional[OwnerLocks] = None
+        self._open_files()
+
+    def _open_files(self) -> None:
+        """Let others on this machine see that this owner lives, where there is a place for it."""
         try:
-            locks = OwnerLocks.of(_local_path())
+            locks = OwnerLocks.of(local_path())
             locks.take(self._number)
             self._locks = locks
             self.journal = StartJournal(_journal_path(self.owner), create=True)
+            self._clear_away()
         except (OSError, MiniqError) as error:
             logger.debug("no file can tell others on this machine that this worker lives: %s", error)
+
+    def _clear_away(self) -> None:
+        """Remove journals of the dead that no server asks for any more."""
+        for path in glob.glob(glob.escape(_journal_path("")) + "*"):
+            owner = path[len(_journal_path("")) :]
+            if os.path.getmtime(path) < time.time() - OLD_JOURNAL_S and self._died_here(owner):
+                _remove(path)
 
     def recover_the_dead(self, limit: int, rand: Callable[[], float]) -> int:
         """Renew the lease, then give back what dead owners held; return how many messages that were.
@@ -87,7 +109,7 @@ class Ownership:
         `limit` is the delivery limit, `rand` gives the chance in pauses.
         """
         owners, dead = self.renew()
-        now, mono = self._wall(), time.monotonic()
+        now, mono = self._wall(), self.mono()
         total = 0
         for owner, info in owners.items():
             if owner == self.owner:
@@ -97,9 +119,9 @@ class Ownership:
                 self._dead_since.pop(owner, None)
                 continue
             since = self._dead_since.setdefault(owner, mono)
-            # What its children had begun is written on its own machine: somebody there comes first.
-            may_wait = info.get("journal") and not died_here and mono - since < self.lease_s / 2
-            if may_wait and not os.path.exists(_journal_path(owner)):
+            # What its children had begun is written on its own machine: somebody there comes first.  And
+            # where the server was away for longer than a lease, those who live must come to renew theirs.
+            if info.get("journal") and not died_here and mono - since < self.lease_s / 2:
                 continue
             if owner not in dead:
                 with self._link.using() as connection:
@@ -121,8 +143,7 @@ class Ownership:
     def forget(self) -> None:
         """Let go of the files."""
         if self.journal is not None:
-            self.journal.close()
-            _remove(self.journal.path)
+            self._drop_journal(self.journal)
         if self._locks is not None:
             self._locks.drop(self._number)
 
@@ -135,9 +156,15 @@ class Ownership:
         except (ValueError, MiniqError):
             return False
 
+    def renew_in_time(self) -> None:
+        """Renew the lease if a third of it is over."""
+        if self.mono() - self._renewed_mono >= self.lease_s / 3:
+            self.renew()
+
     def renew(self) -> Tuple[Dict[str, Dict[str, Any]], Set[str]]:
         """Renew the lease; return all owners with what they say of themselves, and those that are dead."""
         layout = self._layout
+        self._keep_files()
         info = {
             "node": self.node,
             "host": host_name(),
@@ -150,6 +177,7 @@ class Ownership:
         args: List[Part] = [lease_ms, self.owner, json.dumps(info), self.lease_s, layout.alive("")]
         with self._link.using() as connection:
             found, dead = connection.run(RENEW, keys, args)
+        self._renewed_mono = self.mono()
         owners = {}
         for name, text in zip(found[::2], found[1::2]):
             try:
@@ -157,6 +185,16 @@ class Ownership:
             except (ValueError, TypeError):
                 owners[name.decode()] = {}
         return owners, {name.decode() for name in dead}
+
+    def _keep_files(self) -> None:
+        """See to it that nobody clears our files away for being old."""
+        try:
+            if self._locks is not None:
+                self._locks.keep()
+            if self.journal is not None:
+                os.utime(self.journal.path)
+        except (OSError, MiniqError) as error:
+            logger.debug("others on this machine cannot be told that this worker lives: %s", error)
 
     def _recover(
         self, owner: str, node: str, guard: Optional[str], limit: int, rand: Callable[[], float]
@@ -166,7 +204,8 @@ class Ownership:
         With `guard`, the key of its lease, nothing is done to an owner that lives after all.
         """
         layout = self._layout
-        journal = self._journal_of(owner)
+        # One who only stood still goes on: what its children have not begun yet, they may begin now.
+        journal = self._journal_of(owner) if owner == self.owner or self._died_here(owner) else None
         now = self._wall()
         guards: List[Op] = [("dead", guard)] if guard is not None else []
         count = 0
@@ -202,8 +241,7 @@ class Ownership:
             ]
             run_ops(connection, guards + end, None, layout)
         if journal is not None and owner != self.owner:
-            journal.close()
-            _remove(journal.path)
+            self._drop_journal(journal)
         return count
 
     def _recovery(
@@ -251,6 +289,11 @@ class Ownership:
             )
             return None
 
+    @staticmethod
+    def _drop_journal(journal: StartJournal) -> None:
+        journal.close()
+        _remove(journal.path)
+
     def _expire(self, owners: Dict[str, Dict[str, Any]], now: float) -> None:
         """Delete revocations, queues and messages that are past their time."""
         layout = self._layout
@@ -259,9 +302,11 @@ class Ownership:
                 connection,
                 [("ZREMRANGEBYSCORE", layout.revoked, "-inf", repr(now)), ("HGETALL", layout.queues)],
             )
-            pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2])
+            pairs = list(found.items()) if isinstance(found, dict) else list(zip(found[::2], found[1::2]))
+            known = {name.decode("utf-8", "replace") for name, _ in pairs}
+            self.forgotten = [name for name in self.queues if name not in known]
             for name_bytes, text in pairs:
-                name = name_bytes.decode()
+                name = name_bytes.decode("utf-8", "replace")
                 try:
                     settings = dict(json.loads(text))
                 except (ValueError, TypeError):
@@ -311,13 +356,14 @@ class Ownership:
         pipeline(connection, commands)
 
 
-def _local_path() -> str:
+def local_path() -> str:
+    """Return what the names of this user's files begin with."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     return os.path.join(tempfile.gettempdir(), f"miniq-{user}")
 
 
 def _journal_path(owner: str) -> str:
-    return f"{_local_path()}-starts-{owner}"
+    return f"{local_path()}-starts-{owner}"
 
 
 def _number_of(id_: str) -> int:

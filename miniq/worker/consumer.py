@@ -123,6 +123,8 @@ class TaskConsumer:
         self._started: List[Tuple[Request, int]] = []
         #: How many of `_finished` are settled one by one, because one of them is bad.
         self._careful = 0
+        #: The next turn stores no results of messages that are refused.
+        self._bare = False
         self._turn_due = False
         self._hungry = False
         self._watched: Optional[int] = None
@@ -286,6 +288,10 @@ class TaskConsumer:
                 reserved.append(admitted)
             else:
                 surplus.append(admitted)
+        if self._bare and batch.results:
+            text = "%d results of messages that do not start here are lost, they cannot be stored"
+            batch.after.append(partial(logger.error, text, len(batch.results)))
+            batch.results = []
         if batch.endings:
             batch.write(self.transport, self.backend, self.app.conf.task_publish_timeout)
         if surplus:
@@ -435,6 +441,7 @@ class TaskConsumer:
 
     def _recovered(self, batch: Batch) -> None:
         self._pause_s = 0.0
+        self._bare = False
         if batch.stored:
             self._backend_away_since = None
         if self._trouble_since is not None:
@@ -463,6 +470,9 @@ class TaskConsumer:
                 kept.append(one)
         self._finished = kept
         self._careful = min(self._careful, len(self._finished))
+        # What waited here for a slot is settled by nobody here: it is only not started.
+        gone |= settled
+        self.reserved = deque(one for one in self.reserved if id(one.delivery) not in gone)
         self.schedule()
 
     def _contain(self, finished: List[Finished], error: Exception) -> None:
@@ -473,6 +483,8 @@ class TaskConsumer:
             self._started.clear()
             self.schedule()
         elif not finished:
+            # Perhaps a result of a message that is refused: it must not keep the others from being taken.
+            self._bare = True
             self._trouble(error)
         elif not self._careful:
             self._careful = len(finished)

@@ -9,10 +9,12 @@ from typing import DefaultDict, Dict, List, Sequence, Set
 import pytest
 from transport_suite import Clock, Order, Row, TransportSuite
 
+from miniq.connections.owners import OwnerLocks
 from miniq.transports.base import Consumer, Transport
 from miniq.transports.redis import RedisTransport
 from miniq.transports.redis_consumer import RedisConsumer
 from miniq.transports.redis_envelope import decode_envelope
+from miniq.transports.redis_upkeep import local_path
 
 STEPS = (0, 3, 6, 9)
 LOST = "what was lost"
@@ -107,8 +109,9 @@ class TestRedisTransport(TransportSuite):
         return InLists(transport, clock)
 
     def lose(self, transport: Transport, consumer: Consumer) -> None:
-        # What the server does when the lease is over; tests with real processes are elsewhere.
+        # What kernel and server do when a process is gone; tests with real processes are elsewhere.
         assert isinstance(transport, RedisTransport)
         assert isinstance(consumer, RedisConsumer)
         with transport.link.using() as connection:
             connection.call("DEL", transport.link.layout.alive(consumer.owner))
+        OwnerLocks.of(local_path()).drop(int(consumer.owner, 16))
