@@ -515,7 +515,6 @@ class Router:
         self.queues = queues if isinstance(queues, Queues) else Queues(queues, **settings)
         self._routers = _prepare(routes)
         #: Only tables can be remembered by the task's name; a function may decide by the arguments.
-        #: Whether routes depend on the name of the task alone, not on a function of the user.
         self.tables_only = all(isinstance(router, MapRoute) for router in self._routers)
         self._by_task: Dict[str, Route] = {}
         self._by_queue: Dict[str, Route] = {}
