@@ -389,6 +389,7 @@ class Producer:
         if retry_policy:
             retry_policy = SETTINGS["task_publish_retry_policy"].checked(retry_policy)
         begun_mono = time.monotonic()
+        failure: Optional[OperationalError] = None
         try:
             transport = self.transport
             left_s = timeout_s
@@ -399,8 +400,11 @@ class Producer:
         except OperationalError as error:
             if not (conf.task_publish_retry if retry is None else retry):
                 raise
+            failure = error
+        if failure is not None:
+            # Out here, so that what is raised at last is one error and not all of them.
             policy = retry_policy or conf.task_publish_retry_policy
-            self._publish_again(prepared, policy, begun_mono + timeout_s, error)
+            self._publish_again(prepared, policy, begun_mono + timeout_s, failure)
         if signals.after_task_publish.receivers:
             message = publication.message
             signals.after_task_publish.send(

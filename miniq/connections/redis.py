@@ -175,14 +175,16 @@ class Server:
         deadline_mono = monotonic() + timeout_s
         while True:
             try:
-                connection = self._idle.pop()
+                connection: Optional[Connection] = self._idle.pop()
             except IndexError:
-                fresh = self._make_or_wait(deadline_mono)
-                if fresh is not None:
-                    return fresh
-            else:
-                if self._is_usable(connection, deadline_mono):
+                connection = None
+            # Out here, so that an error has no other one before it.
+            if connection is None:
+                connection = self._make_or_wait(deadline_mono)
+                if connection is not None:
                     return connection
+            elif self._is_usable(connection, deadline_mono):
+                return connection
 
     def _is_usable(self, connection: Connection, deadline_mono: float) -> bool:
         """Say whether a connection that lay idle still is one; if not, drop it."""

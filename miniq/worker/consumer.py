@@ -49,6 +49,8 @@ RESULT_PATIENCE_S = 60.0
 NO_LIMIT = 1000
 #: How many messages are taken beyond the free slots at most; a pool may take fewer.
 MOST_AHEAD = 64
+#: After so many tries the results of messages that do not start are given up: they cannot be stored.
+MOST_REFUSALS = 2
 #: How long outcomes may wait to be settled together while there is enough to do.
 LINGER_S = 0.005
 #: The wall clock may be set while a message waits to be due: it is looked at again this often.
@@ -123,8 +125,8 @@ class TaskConsumer:
         self._started: List[Tuple[Request, int]] = []
         #: How many of `_finished` are settled one by one, because one of them is bad.
         self._careful = 0
-        #: The next turn stores no results of messages that are refused.
-        self._bare = False
+        #: Turns in a row that failed with nothing to settle; see `MOST_REFUSALS`.
+        self._refusals = 0
         self._turn_due = False
         self._hungry = False
         self._watched: Optional[int] = None
@@ -288,7 +290,7 @@ class TaskConsumer:
                 reserved.append(admitted)
             else:
                 surplus.append(admitted)
-        if self._bare and batch.results:
+        if self._refusals >= MOST_REFUSALS and batch.results:
             text = "%d results of messages that do not start here are lost, they cannot be stored"
             batch.after.append(partial(logger.error, text, len(batch.results)))
             batch.results = []
@@ -441,7 +443,7 @@ class TaskConsumer:
 
     def _recovered(self, batch: Batch) -> None:
         self._pause_s = 0.0
-        self._bare = False
+        self._refusals = 0
         if batch.stored:
             self._backend_away_since = None
         if self._trouble_since is not None:
@@ -484,7 +486,7 @@ class TaskConsumer:
             self.schedule()
         elif not finished:
             # Perhaps a result of a message that is refused: it must not keep the others from being taken.
-            self._bare = True
+            self._refusals += 1
             self._trouble(error)
         elif not self._careful:
             self._careful = len(finished)
