@@ -15,22 +15,21 @@ import logging
 import traceback
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
 
+from simulation.brokers import FleetBroker, MemoryFleetBroker, RedisFleetBroker
 from simulation.pool import SimPool
-from simulation.seams import NUMBER, SimBackend, SimJournal, SimLoop, SimTransport
+from simulation.seams import SimBackend, SimLoop, SimTransport
 from simulation.world import CRASH, LOST, Copy, Crash, LogKeeper, Violation, World
 
 from miniq import MiniQ, states
 from miniq.backends.base import Backend, StoredResult
-from miniq.backends.memory import MemoryBackend
-from miniq.connections import memory
-from miniq.connections.memory import RESERVED, STARTED_EARLY, STARTED_LATE, MemoryBroker
 from miniq.exceptions import OperationalError, Reject
 from miniq.producer import Producer
 from miniq.trace import TaskRunner
 from miniq.transports.base import Transport
-from miniq.transports.memory import MemoryTransport
 from miniq.worker.worker import Worker
 
+#: A schedule has the one that its seed tells.
+BROKERS: Tuple[Callable[[World], FleetBroker], ...] = (MemoryFleetBroker, RedisFleetBroker)
 #: Bounds of one schedule: steps in all, steps without time going on, virtual seconds of waiting at the end.
 MAX_STEPS, MAX_STEPS_AT_ONCE, MAX_WAIT_S = 20_000, 1_000, 900.0
 MAX_WORKERS = 7
@@ -48,8 +47,7 @@ class Variant(NamedTuple):
     backend: Callable[[Any], Any] = lambda backend: backend
     settings: Mapping[str, Any] = {}
     deaf: bool = False  #: wake-ups are lost
-    #: The answer to a worker's commit can be lost: it has happened, and looks as if it had not.
-    answers_lost: bool = False
+    broker: Optional[Callable[[World], FleetBroker]] = None  #: None = one after the other
 
 
 class Member:
@@ -156,16 +154,15 @@ class Fleet:
         self.variant = variant or Variant()
         self.world = world = World(seed)
         plan = world.plan
-        self.url = f"memory://{world.broker_name}"
-        memory.reset(world.broker_name)
-        self.broker = MemoryBroker.get(world.broker_name)
-        self.broker.random.seed(f"{seed} broker")
+        kind = self.variant.broker or BROKERS[seed % len(BROKERS)]
+        self.broker: FleetBroker = kind(world)
         settings = {
             "worker_deduplicate_successful_tasks": plan.random() < 0.3,
             "task_delivery_limit": world.delivery_limit,
             **self.variant.settings,
         }
-        self.app = MiniQ("simulation", broker=self.url, set_as_current=False, wall=world.now, **settings)
+        url = self.broker.url
+        self.app = MiniQ("simulation", broker=url, set_as_current=False, wall=world.now, **settings)
         decorate: Any = self.app.task
         for name, (fun, options) in TASKS.items():
             decorate(name=name, **options)(fun)
@@ -173,9 +170,9 @@ class Fleet:
         self.max_concurrency = plan.choice((1, 2, 3))
         #: Tasks are many and short, so that workers give them to their pools ahead.
         self.quick = plan.random() < 0.06
-        transport = MemoryTransport(self.url, {}, world.now)
-        #: Producers live through everything, but a connection may be lost, or an answer.
-        self.producer = SimProducer(self.app, SimTransport(transport, world, "producer", (LOST,)))
+        # Tasks that store a state of their own do so without faults.
+        cast(Any, self.app).new_backend = lambda url=None: self.broker.backend()
+        self.producer = SimProducer(self.app, self.broker.producer())
         # Revocations go through the app's own producer.
         self.app.producer = self.producer
         self.members: List[Member] = []
@@ -275,16 +272,10 @@ class Fleet:
         who = f"w{number}"
         # Powers of two keep sums with them exact.
         loop = SimLoop(world, 4096.0 * 2 ** (number % 3))
-        store = variant.transport(MemoryTransport(self.url, {}, world.now))
-        transport = SimTransport(store, world, who, selector=loop.sim_selector)
+        transport, results = self.broker.worker(who, loop.sim_selector, variant)
         transport.variant = variant.consumer
         transport.deaf = variant.deaf
-        if world.plan.random() < 0.5:
-            transport.journal = SimJournal(world)
-        if variant.answers_lost:
-            transport.kinds_after_commit = (CRASH, LOST)
-        results = variant.backend(MemoryBackend(self.url, {}, world.now))
-        backend = SimBackend(results, world, who, (CRASH, LOST))
+        backend = SimBackend(variant.backend(results), world, who, (CRASH, LOST))
         node = node or f"{who}@simulation"
         concurrency = world.plan.randint(1, self.max_concurrency)
         pool = SimPool(world, transport, TaskRunner(self.app, node), concurrency, self._duration_s)
@@ -318,33 +309,12 @@ class Fleet:
 
     def _notice_death(self, member: Member) -> None:
         self.world.note("fleet", "%s is seen to be dead", member.who)
-        self._record_losses(member)
-        self.broker.owner_lost(member.node)
+        self.broker.see_dead(member.node, member.pool.transport)
 
     def _start_again(self, member: Member) -> None:
         """Do as a supervisor does: start a dead worker again, under the same name."""
         self._notice_death(member)
         self._start_worker(node=member.node)
-
-    def _record_losses(self, member: Member) -> None:
-        """Note which messages had been started by a worker that is no more.
-
-        Those which its journal knows not to have begun count as not started, as in the SQLite transport.
-        """
-        ids = {owner.id for owner in self.broker.owners.values() if owner.node == member.node}
-        transport = member.pool.transport
-        for row in list(self.broker.rows.values()):
-            number = row.message.headers.get(NUMBER)
-            if row.owner not in ids or row.state not in (STARTED_EARLY, STARTED_LATE) or number is None:
-                continue
-            copy, token = self.world.copies[number], transport.tokens.get(row.id)
-            if token is not None and transport.journal is not None and not transport.journal.has_begun(token):
-                with self.broker:
-                    self.broker.change(row, RESERVED, owner=row.owner)
-                    row.deliveries -= 1
-                self.world.released(member.who, copy, True)
-            else:
-                self.world.lost(member.who, copy, "its worker is gone")
 
     # -- turns
 
@@ -360,6 +330,7 @@ class Fleet:
             world.rollback()
             member.alive = False
             member.loop.close()
+            self.broker.died(member.who)
             if world.plan.random() < 0.2:
                 self._at(world.t + world.plan.choice((0.1, 1.0)), self._start_again, member)
                 return
@@ -370,18 +341,20 @@ class Fleet:
     def _turn(self, member: Member) -> None:
         world = self.world
         if world.t < world.horizon and world.order.random() < 0.02:
-            member.stalled_until = world.t + world.order.random()
-            world.note(member.who, "is stalled for a moment")
+            member.stalled_until = world.t + world.order.random() * self.broker.longest_stall_s
+            world.note(member.who, "stands still until %f", member.stalled_until)
             return
         world.strike(member.who, "between two turns", CRASH)
+        self.broker.disturb(member.who)
         member.loop.run_once(0)
         if member.loop.left:
-            self._record_losses(member)
+            self.broker.forget_leaving(member.node, member.pool.transport)
             member.worker._clean()
             member.alive = False
             world.note(member.who, "has left")
             # What it could not say while leaving is told by the end of its process.
-            self._at(world.t + 0.1, self.broker.owner_lost, member.node)
+            self.broker.died(member.who)
+            self._at(world.t + 0.1, self.broker.see_dead, member.node, member.pool.transport)
 
     def _step(self) -> None:
         """Let whoever is due first act."""
@@ -408,17 +381,15 @@ class Fleet:
             self._check_results()
         if self.keeper.caught:
             world.violation(f"a safety net caught an error: {self.keeper.caught[0]}")
+        if self.keeper.wrong:
+            world.violation(f"a line in the log is wrong: {self.keeper.wrong[0]}")
 
     def _left(self) -> str:
-        rows = [f"{row.message!r} in state {row.state}, owner {row.owner}" for row in self._rows()]
         running = [request for member in self._living() for request in member.worker.tasks.running.values()]
-        return f"in the broker: {rows}; running: {running}"
-
-    def _rows(self) -> List[Any]:
-        return [row for row in self.broker.rows.values() if NUMBER in row.message.headers]
+        return f"in the broker: {list(self.broker.left())}; running: {running}"
 
     def _is_quiet(self) -> bool:
-        if self._agenda or self._rows():
+        if self._agenda or any(self.broker.left()):
             return False
         return all(member.worker.tasks.settled and member.pool.idle for member in self._living())
 
@@ -453,14 +424,14 @@ class Fleet:
             for member in self.members:
                 member.loop.close()
             self.app.close()
-            memory.reset(self.world.broker_name)
+            self.broker.close()
 
     # -- promises
 
     def _check_results(self) -> None:
         """Check that no stored result went backwards since the last look."""
         self._seen_version = self.broker.version
-        for task_id, (result, _) in self.broker.results.items():
+        for task_id, result in self.broker.results():
             old = self._seen.get(task_id)
             if old is result:
                 continue
@@ -473,10 +444,10 @@ class Fleet:
 
     def _check_end(self) -> None:
         world = self.world
-        if self._rows():
+        if any(self.broker.left()):
             world.violation(f"left at the end: {self._left()}")
-        if sum(map(len, world.dead.values())) != len(self.broker.dead_letters):
-            world.violation(f"{len(self.broker.dead_letters)} dead letters, but set aside were {world.dead}")
+        if sum(map(len, world.dead.values())) != self.broker.dead_letters():
+            world.violation(f"{self.broker.dead_letters()} dead letters, but set aside were {world.dead}")
         for task_id, copies in world.by_id.items():
             self._check_task(self.calls[task_id], copies)
         for call in self.calls.values():
@@ -497,6 +468,8 @@ class Fleet:
                 violation(f"#{copy.number} {call.id} was acknowledged or set aside {copy.ended} times")
         found = self._seen.get(call.id)
         runs, losses = sum(copy.runs for copy in copies), sum(copy.losses for copy in copies)
+        if (found is None or found.state not in states.READY_STATES) and self.world.refusals[call.id] >= 2:
+            return  # given up, with a line in the log
         if found is None:
             skipped = call.id in self.world.revoked_at or any(copy.expires for copy in copies)
             if call.task == "silent" and (runs or losses or skipped):

@@ -20,6 +20,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Type,
     Union,
 )
 
@@ -161,6 +162,8 @@ class SimJournal:
 class SimTransport(Faulty):
     """The real transport as one worker or producer reaches it."""
 
+    consumer_class: "Type[SimConsumer]"
+
     def __init__(
         self,
         inner: Any,
@@ -171,7 +174,8 @@ class SimTransport(Faulty):
     ) -> None:
         super().__init__(inner, world, who, kinds)
         self.selector = selector
-        #: What may happen when a worker's commit is done: with LOST in it, the answer can be lost.
+        #: What may happen before a worker's commit, and when it is done.
+        self.kinds_before_commit: Tuple[str, ...] = (CRASH, LOST)
         self.kinds_after_commit: Tuple[str, ...] = (CRASH,)
         #: What goes between a consumer and its faults: variants that shall be found out.
         self.variant: Callable[[Any], Any] = lambda consumer: consumer
@@ -185,20 +189,22 @@ class SimTransport(Faulty):
         self.journal: Optional[SimJournal] = None
 
     def transaction(self) -> Transaction:
-        return Transaction(self.world, self.who, self.inner.transaction(), self.kinds_after_commit)
+        kinds = self.kinds_before_commit, self.kinds_after_commit
+        return Transaction(self.world, self.who, self.inner.transaction(), *kinds)
 
     def consumer(self, node: str, queues: Iterable[Queue]) -> "SimConsumer":
         with self._call("consumer"):
-            return SimConsumer(self, self.inner.consumer(node, queues))
+            return self.consumer_class(self, self.inner.consumer(node, queues))
 
     def publish(self, publications: Sequence[Publication], timeout_s: float) -> None:
         world = self.world
         with self._call("publish"):
             all_headers = [publication.message.headers for publication in publications]
             copies = [self._copy(headers) for headers in all_headers if "task" in headers]
-            self.inner.publish(publications, timeout_s)
+            # Recorded first: where it is not part of a transaction, it is done at once.
             for copy in copies:
                 world.record(world.published, self.who, copy)
+            self.inner.publish(publications, timeout_s)
 
     def _copy(self, headers: Dict[str, Any]) -> Copy:
         number = headers[NUMBER] = self.world.new_number()
@@ -212,39 +218,16 @@ class SimTransport(Faulty):
     def revoke(self, task_ids: Iterable[str], until: float) -> None:
         ids = list(task_ids)
         with self._call("revoke"):
-            self.inner.revoke(ids, until)
             self.world.record(self.world.revoked, self.who, ids)
+            self.inner.revoke(ids, until)
 
 
 class SimConsumer(Faulty, ConsumerProxy):
-    """The real consumer of one worker, with faults, and wake-ups through the simulated selector."""
+    """The real consumer of one worker, with faults; what it does is recorded."""
 
     def __init__(self, transport: SimTransport, inner: Any) -> None:
         super().__init__(transport.variant(inner), transport.world, transport.who, transport.kinds)
-        assert transport.selector is not None
         self.transport = transport
-        self._readable = transport.selector.readable
-        self._fd = FIRST_FD + transport.world.new_number()
-        inner.on_wake = self.wake
-
-    # -- waking
-
-    def wake(self) -> None:
-        """Make the descriptor readable; the broker calls it."""
-        if not self.transport.deaf:
-            self._readable.add(self._fd)
-
-    def fileno(self) -> int:
-        self._readable.add(self._fd)
-        return self._fd
-
-    def on_readable(self) -> None:
-        self._readable.discard(self._fd)
-
-    def start_journal(self) -> Optional[SimJournal]:
-        return self.transport.journal
-
-    # -- calls that are recorded
 
     def _copies(self, *deliveries: Delivery) -> Iterator[Tuple[Delivery, Copy]]:
         """Yield those deliveries that are tasks, with their records."""
@@ -269,9 +252,10 @@ class SimConsumer(Faulty, ConsumerProxy):
             for delivery, copy in self._copies(*deliveries):
                 transport.outcomes.pop(copy.number, None)
                 world.record(transport.started.__setitem__, copy.number, delivery.tag)
-                if delivery.token is not None:
-                    world.record(transport.tokens.__setitem__, delivery.tag, delivery.token)
-                world.record(world.marked, self.who, copy)
+                self._record_start(delivery, copy)
+
+    def _record_start(self, delivery: Delivery, copy: Copy) -> None:
+        """Record what the broker does not tell of itself."""
 
     def ack(self, delivery: Delivery) -> bool:
         world, transport = self.world, self.transport
@@ -289,17 +273,7 @@ class SimConsumer(Faulty, ConsumerProxy):
 
     def _again(self, delivery: Delivery) -> Optional[Callable[[], None]]:
         """Perhaps return what lets the broker forget the coming ack of a late-acked message."""
-        world, broker = self.world, MemoryBroker.get(self.world.broker_name)
-        row = broker.rows.get(delivery.tag)
-        if row is None or delivery.early or not world.strikes(world.fault_rate):
-            return None
-
-        def again() -> None:
-            with broker:
-                double = broker.add(row.queue, row.exchange, row.routing_key, row.message, READY, row.due)
-                double.deliveries = row.deliveries
-
-        return again
+        return None
 
     def reject(self, delivery: Delivery, requeue: bool, reason: str = "rejected") -> bool:
         with self._call("reject"):
@@ -316,7 +290,6 @@ class SimConsumer(Faulty, ConsumerProxy):
                 self.world.record(self._released, delivery, copy)
 
     def _released(self, delivery: Delivery, copy: Copy) -> None:
-        self.world.released(self.who, copy, self._was_started(delivery))
         self.transport.started.pop(copy.number, None)
 
     def _was_started(self, delivery: Delivery) -> bool:
@@ -332,6 +305,56 @@ class SimConsumer(Faulty, ConsumerProxy):
     def _set_aside(self, delivery: Delivery, reason: str, done: bool) -> None:
         for _, copy in self._copies(delivery) if done else ():
             self.world.record(self.world.set_aside, self.who, copy, reason)
+
+
+class MemoryConsumer(SimConsumer):
+    """The real consumer of a broker in memory, with wake-ups through the simulated selector."""
+
+    def __init__(self, transport: SimTransport, inner: Any) -> None:
+        super().__init__(transport, inner)
+        assert transport.selector is not None
+        self._readable = transport.selector.readable
+        self._fd = FIRST_FD + transport.world.new_number()
+        inner.on_wake = self.wake
+
+    def wake(self) -> None:
+        """Make the descriptor readable; the broker calls it."""
+        if not self.transport.deaf:
+            self._readable.add(self._fd)
+
+    def fileno(self) -> int:
+        self._readable.add(self._fd)
+        return self._fd
+
+    def on_readable(self) -> None:
+        self._readable.discard(self._fd)
+
+    def start_journal(self) -> Optional[SimJournal]:
+        return self.transport.journal
+
+    def _record_start(self, delivery: Delivery, copy: Copy) -> None:
+        if delivery.token is not None:
+            self.world.record(self.transport.tokens.__setitem__, delivery.tag, delivery.token)
+        self.world.record(self.world.marked, self.who, copy)
+
+    def _released(self, delivery: Delivery, copy: Copy) -> None:
+        self.world.released(self.who, copy, self._was_started(delivery))
+        super()._released(delivery, copy)
+
+    def _again(self, delivery: Delivery) -> Optional[Callable[[], None]]:
+        world, broker = self.world, MemoryBroker.get(self.world.broker_name)
+        row = broker.rows.get(delivery.tag)
+        if row is None or delivery.early or not world.strikes(world.fault_rate):
+            return None
+
+        def again() -> None:
+            with broker:
+                double = broker.add(row.queue, row.exchange, row.routing_key, row.message, READY, row.due)
+                double.deliveries = row.deliveries
+
+        return again
+
+SimTransport.consumer_class = MemoryConsumer
 
 
 class SimBackend(Faulty):

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
 """A thousand schedules of a small fleet, each with its own deaths, lost connections and doubles.
 
+Half of them over a broker whose transactions roll back, half over Redis, which does a turn in steps that
+stay done: there, answers get lost too, connections are closed, leases are over while a worker stands
+still, and a worker of Celery's puts back what is past its lease.
+
 What is promised whatever happens: no accepted task is lost, an early-acked one never starts twice,
 a late-acked one not more often than its limit, none before its eta, after its expiry or revocation;
-results never go backwards; callbacks are sent once for each success; rate limits are kept.
+results never go backwards; callbacks are sent once for each success; rate limits are kept; no worker
+says that an outcome was dropped which it has settled.
 
 `MINIQ_SIM_SCHEDULES` sets how many schedules are played, `MINIQ_SIM_SEED` plays a single one.
 """
@@ -15,18 +20,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import pytest
+from simulation.brokers import MemoryFleetBroker, RedisFleetBroker
 from simulation.fleet import Fleet, Variant, play
 from simulation.seams import ConsumerProxy, Proxy
 from simulation.world import Violation
 
 from miniq.backends.base import StoredResult
 from miniq.message import Delivery, Message
-from miniq.transports.base import Publication
+from miniq.transports.base import NotOurs, Publication
 
 SCHEDULES = int(os.environ.get("MINIQ_SIM_SCHEDULES", "1000"))
 ONLY_SEED = os.environ.get("MINIQ_SIM_SEED")
@@ -37,6 +43,9 @@ MAX_FAILURES = 5
 
 #: Every kind of fault and where it must have struck in a thousand schedules.
 STRUCK = {
+    *(f"{kind}: {point}" for kind in ("crash", "lost connection") for point in (
+        "connecting", "command", "after the command", "step", "after the step", "renewal", "listening",
+    )),
     *(f"crash: {point}" for point in (
         "poll", "start", "publish", "store", "after the store", "ack", "before the commit",
         "after the commit", "committed, not given to the pool yet", "between two turns", "housekeep",
@@ -192,6 +201,47 @@ class HearsNoRevocation(ConsumerProxy):
         return found
 
 
+class ForgetsDoubt(ConsumerProxy):
+    """Does not look for messages that were taken by a step whose answer got lost."""
+
+    def poll(self, limit: int) -> List[Delivery]:
+        self.inner.in_doubt = False
+        found: List[Delivery] = self.inner.poll(limit)
+        return found
+
+
+class DoubtedIsLost(ConsumerProxy):
+    """Takes what it settled, by a step whose answer got lost, for a message that went to others."""
+
+    def ack(self, delivery: Delivery) -> bool:
+        delivery.tag.doubted = False
+        done: bool = self.inner.ack(delivery)
+        return done
+
+
+class TakesTheLivingForDead(ConsumerProxy):
+    """Recovers what others hold, and goes by what their children have noted."""
+
+    def housekeep(self) -> None:
+        self.inner._ownership._died_here = lambda owner: True
+        self.inner.housekeep()
+
+
+class StartsOthers(Proxy):
+    """Starts what is not its own any more."""
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        at_its_end = False
+        try:
+            with self.inner.transaction():
+                yield
+                at_its_end = True
+        except NotOurs:
+            if not at_its_end:
+                raise
+
+
 class LastWriteWins(Proxy):
     """Stores whatever comes over whatever is there."""
 
@@ -220,9 +270,19 @@ BROKEN: Dict[str, Tuple[Variant, str]] = {
     "ignores revocations": (Variant(consumer=HearsNoRevocation), "was revoked before"),
     "overwrites results": (Variant(backend=LastWriteWins), "went from"),
     "loses results": (Variant(backend=StoresLess), "is lost"),
-    "hears no wake-ups": (Variant(deaf=True), "no end"),
+    "hears no wake-ups": (Variant(deaf=True, broker=MemoryFleetBroker), "no end"),
     "ignores rate limits": (Variant(settings={"worker_disable_rate_limits": True}), "started rated"),
     "starts too often": (Variant(settings={"task_delivery_limit": 0}), "the limit is 3"),
+    "forgets what is in doubt": (Variant(consumer=ForgetsDoubt, broker=RedisFleetBroker), "no end"),
+    "takes what it settled for lost": (
+        Variant(consumer=DoubtedIsLost, broker=RedisFleetBroker), "but it was settled here"
+    ),
+    "takes the living for dead": (
+        Variant(consumer=TakesTheLivingForDead, broker=RedisFleetBroker), "starts a second time"
+    ),
+    "starts what went to others": (
+        Variant(transport=StartsOthers, broker=RedisFleetBroker), "the broker does not know that it did"
+    ),
 }
 
 

@@ -15,7 +15,7 @@ import math
 import random
 from collections import Counter
 from types import TracebackType
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Set, Tuple, Type
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Set, Tuple, Type, cast
 
 from miniq.exceptions import BackendStoreError, OperationalError
 
@@ -97,9 +97,11 @@ class World:
         self.copies: Dict[int, Copy] = {}
         self.by_id: Dict[str, List[Copy]] = {}
         self.dead: Dict[str, List[str]] = {}
+        #: Ids of deliveries which their owners have settled, where the broker knows them by such.
+        self.settled_ids: Set[str] = set()
         self.revoked_at: Dict[str, int] = {}
-        #: Tasks whose result the backend once did not take.
-        self.refusals: Set[str] = set()
+        #: Tasks whose result the backend did not take, and how often.
+        self.refusals: "Counter[str]" = Counter()
         #: (worker, task) -> when jobs were given to its pool.
         self.submissions: Dict[Tuple[str, str], List[float]] = {}
 
@@ -132,6 +134,8 @@ class World:
 
     def strike(self, who: str, point: str, *kinds: str) -> None:
         """Perhaps raise one of the faults `kinds`; called at each place where one may happen."""
+        if not kinds:
+            return
         if LOST in kinds and self.down[0] <= self.t < self.down[1]:
             self.note(who, "%s: the broker is down", point)
             raise OperationalError(f"simulated: the broker is down ({point})")
@@ -265,12 +269,15 @@ class Call:
 class Transaction:
     """A transaction of the real transport, with faults around its commit."""
 
-    __slots__ = ("world", "who", "inner", "kinds_after")
+    __slots__ = ("world", "who", "inner", "kinds_before", "kinds_after")
 
-    def __init__(self, world: World, who: str, inner: Any, kinds_after: Tuple[str, ...]) -> None:
+    def __init__(
+        self, world: World, who: str, inner: Any, kinds_before: Tuple[str, ...], kinds_after: Tuple[str, ...]
+    ) -> None:
         self.world = world
         self.who = who
         self.inner = inner
+        self.kinds_before = kinds_before
         self.kinds_after = kinds_after
 
     def __enter__(self) -> None:
@@ -286,7 +293,7 @@ class Transaction:
         world = self.world
         if kind is None:
             try:
-                world.strike(self.who, "before the commit", CRASH, LOST)
+                world.strike(self.who, "before the commit", *self.kinds_before)
             except BaseException as fault:
                 world.depth -= 1
                 world.rollback()
@@ -317,9 +324,14 @@ class LogKeeper(logging.Handler):
         super().__init__(logging.WARNING)
         self.world = world
         self.caught: List[str] = []
+        self.wrong: List[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         self.world.note("log", "%s", text)
+        if "was given to another worker" in record.msg:
+            (request,) = cast(Tuple[Any], record.args)
+            if getattr(request.delivery.tag, "id", None) in self.world.settled_ids:
+                self.wrong.append(f"{text}; but it was settled here")
         if record.exc_info and record.exc_info[1] is not None:
             self.caught.append(f"{text}: {logging.Formatter().formatException(record.exc_info)}")
