@@ -66,6 +66,7 @@ class Server:
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
         self._last_good = 0
+        self._was_let_in = False
         self._good_sentinel = 0
         #: Free ones, the last used at the right; appending and popping are atomic.
         self._idle: Deque[Connection] = deque()
@@ -83,7 +84,8 @@ class Server:
         """Return a new connection of the caller's own, to a master; `name` is for CLIENT LIST.
 
         The URLs are tried in turn, the last good one first, each with its share of the time.
-        Raises `OperationalError`, or `ImproperlyConfigured` if none can be used as configured.
+        Raises `OperationalError`, or `ImproperlyConfigured` if none can be used as configured; once one
+        could, that is `OperationalError` too: a password that is being changed must cost nobody his work.
         """
         if self._pid != os.getpid():
             self._begin_anew()
@@ -100,7 +102,12 @@ class Server:
                 failures.append(error)
                 continue
             self._last_good = index
+            self._was_let_in = True
             return found
+        if self._was_let_in:
+            told = "; ".join(map(str, failures))
+            text = told if count == 1 else f"none of {count} servers can be used: {told}"
+            raise OperationalError(text) from failures[-1]
         if len(failures) == 1:
             raise failures[0]
         kinds = {type(failure) for failure in failures}

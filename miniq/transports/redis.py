@@ -41,7 +41,7 @@ from ..connections.redis_session import pipeline
 from ..exceptions import ImproperlyConfigured
 from ..routing import Queue, key_matches
 from .base import DeadLetter, Publication, QueueSize, Transport, what_is_unroutable
-from .redis_consumer import RedisConsumer
+from .redis_consumer import RedisConsumer, is_fanout
 from .redis_envelope import (
     DeliveryTags,
     decode_envelope,
@@ -97,7 +97,8 @@ class RedisTransport(Transport):
         settings: Dict[str, Any] = {
             "auto_delete": queue.auto_delete,
             "expires": queue.expires,
-            "message_ttl": queue.message_ttl,
+            # Nothing lies in the lists of a fanout queue that could be too old.
+            "message_ttl": None if is_fanout(queue) else queue.message_ttl,
             "bindings": [],
         }
         if not lasting:

@@ -164,7 +164,7 @@ class RedisConsumer(Consumer):
         self.owner = self._ownership.owner
         queues = list(queues)
         #: Whether this consumer listens on the transport's own connection.
-        self.shares: bool = not any(map(_is_fanout, queues)) and not any(
+        self.shares: bool = not any(map(is_fanout, queues)) and not any(
             consumer.shares for consumer in link.consumers
         )
         link.consumers.append(self)
@@ -228,7 +228,7 @@ class RedisConsumer(Consumer):
 
     def _subscribe(self, ears: Connection, queues: Iterable[Queue]) -> None:
         channels = []
-        for queue in filter(_is_fanout, queues):
+        for queue in filter(is_fanout, queues):
             for binding in queue.all_bindings:
                 if binding.exchange.type == "fanout":
                     channels.append(
@@ -303,7 +303,7 @@ class RedisConsumer(Consumer):
 
     def _arrange(self) -> None:
         """List what is to be looked at, in the order of a claim."""
-        names = [name for name, queue in self._queues.items() if not _is_fanout(queue)]
+        names = [name for name, queue in self._queues.items() if not is_fanout(queue)]
         if names:
             at = self._turns % len(names)
             names = names[at:] + names[:at]
@@ -317,7 +317,7 @@ class RedisConsumer(Consumer):
         self._looked_at = {key.encode() for key in (*self._lists, *self._parked_keys())}
 
     def _parked_keys(self) -> List[str]:
-        return [self._layout.parked(name) for name, queue in self._queues.items() if not _is_fanout(queue)]
+        return [self._layout.parked(name) for name, queue in self._queues.items() if not is_fanout(queue)]
 
     def poll(self, limit: int) -> List[Delivery]:
         nothing_new, self._nothing_new = self._nothing_new, False
@@ -688,7 +688,7 @@ class RedisConsumer(Consumer):
     # -- queues
 
     def add_queue(self, queue: Queue) -> None:
-        if _is_fanout(queue) and self.shares:
+        if is_fanout(queue) and self.shares:
             raise ImproperlyConfigured(
                 f"queue {queue.name!r} has a fanout exchange: name it when the worker is started (-Q)"
             )
@@ -737,7 +737,8 @@ class RedisConsumer(Consumer):
                 ownership.forget()
 
 
-def _is_fanout(queue: Queue) -> bool:
+def is_fanout(queue: Queue) -> bool:
+    """Say whether a queue gets what is broadcast."""
     return any(binding.exchange.type == "fanout" for binding in queue.all_bindings)
 
 

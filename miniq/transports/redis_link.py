@@ -14,7 +14,7 @@ from typing import Callable, Iterator, List, Optional, Protocol, Sequence
 
 from ..connections.redis import Connection, Options, Server
 from ..connections.redis_session import NO_SETTLES, Claim, Claimed, Layout, Op, Session, run_ops
-from ..exceptions import ImproperlyConfigured, OperationalError
+from ..exceptions import OperationalError
 from ..message import Delivery
 from .base import NotOurs
 
@@ -73,7 +73,6 @@ class Link:
         self._server: Optional[Server] = None
         self._pid = 0
         self._own: Optional[Connection] = None
-        self._was_let_in = False
         self._session: Optional[Session] = None
         #: What the next step of the open transaction settles or starts, and what was taken in it.
         self._touched: List[HeldMessage] = []
@@ -91,18 +90,8 @@ class Link:
         return self._server
 
     def connect(self, name: str) -> Connection:
-        """Return a new connection; who was let in before takes a refusal for something that passes.
-
-        A password that is being changed must not cost a worker the outcomes it keeps.
-        """
-        try:
-            made = self.server.connect(self.options.socket_connect_timeout, name)
-        except ImproperlyConfigured as error:
-            if self._was_let_in:
-                raise OperationalError(str(error)) from error
-            raise
-        self._was_let_in = True
-        return made
+        """Return a new connection of the worker's own."""
+        return self.server.connect(self.options.socket_connect_timeout, name)
 
     def connection(self) -> Connection:
         """Return the worker's own connection, made anew where it broke."""

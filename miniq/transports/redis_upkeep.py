@@ -219,10 +219,7 @@ class Ownership:
                 part = states[start : start + RECOVERED_AT_ONCE]
                 values = pipeline(
                     connection,
-                    [
-                        ("HGET", layout.unacked, id_)
-                        for id_, state in part
-                    ],
+                    [("HGET", layout.unacked, id_) for id_, state in part],
                 )
                 ops = [
                     self._recovery(owner, node, id_, state, value, journal, limit, rand)
