@@ -3,8 +3,8 @@
 
 A decision is made once, outside of any transaction, and kept as a `Finished`: user code (hooks,
 errbacks) runs at that moment and not again when the broker has to be asked twice.  A `Batch`
-then carries decisions out in the order that is safe for every broker, with transactions or
-without: follow-ups are published, results are stored, and only then is the message given up.
+then carries decisions out: what concerns the broker is committed together, follow-ups and the end
+of the message; results join that, or are stored before it where they are kept elsewhere.
 """
 
 from __future__ import annotations
