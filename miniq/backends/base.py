@@ -116,3 +116,12 @@ def backend_class(url: str) -> "type[Backend]":
         raise ImproperlyConfigured(f"result backend {mask_url(url)!r}: {unknown_scheme(scheme, BACKENDS)}")
     found: "type[Backend]" = import_object(target, package=__package__)
     return found
+
+
+def pause_between_looks_s(quiet_s: float, look_s: float, longest_s: float) -> float:
+    """Return how long a waiter sleeps where the store cannot push.
+
+    A tenth of the time without news, from half a millisecond to `longest_s`.  A look for many takes its
+    time, `look_s`: two thirds of it at least are left to others.
+    """
+    return max(min(max(quiet_s / 10, 0.0005), longest_s), 2 * look_s)

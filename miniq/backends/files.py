@@ -46,7 +46,7 @@ from ..exceptions import (
 )
 from ..states import READY_STATES, may_replace
 from ..text import nearest
-from .base import Backend, StoredResult
+from .base import Backend, StoredResult, pause_between_looks_s
 from .stored import describe, key_prefix, plain_or_hashed, readable_state, unwrap
 
 if sys.platform == "win32":
@@ -256,14 +256,10 @@ class FileBackend(Backend):
             if not pending:
                 return
             mono = time.monotonic()
-            # Looking at many files takes its time; two thirds of it at least are left to others.
-            pause_s = max(min(max((mono - progress) / 10, 0.0005), longest_s), 2 * look_s)
-            if timeout_s is not None:
-                left_s = start + timeout_s - mono
-                if left_s <= 0:
-                    return
-                pause_s = min(pause_s, left_s)
-            time.sleep(pause_s)
+            left_s = float("inf") if timeout_s is None else start + timeout_s - mono
+            if left_s <= 0:
+                return
+            time.sleep(min(pause_between_looks_s(mono - progress, look_s, longest_s), left_s))
 
     def _changed(self, pending: Mapping[str, str], seen: Dict[str, Tuple[int, ...]]) -> List[StoredResult]:
         """Return the results which are new since `seen`, in the order they were written."""

@@ -321,9 +321,7 @@ class RedisBackend(Backend):
             if once or listener.out_of_reach_s() > PATIENCE_S:
                 raise BackendGetMetaError(str(error), task_id=task_ids[0]) from error
             return None
-        return [
-            self._result(task_id, value) for task_id, value in zip(task_ids, values) if value is not None
-        ]
+        return [self._result(task_id, value) for task_id, value in zip(task_ids, values) if value is not None]
 
     def _messages(self, waiter: Waiter) -> Iterator[StoredResult]:
         start = len(self._task_prefix.encode())

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 from ..connections.sqlite import MAX_VARIABLES, Database, Options, path_of
 from ..exceptions import BackendGetMetaError, BackendStoreError, OperationalError
 from ..states import READY_STATES
-from .base import Backend, StoredResult
+from .base import Backend, StoredResult, pause_between_looks_s
 
 #: Rows that one `expire` deletes in one transaction, and how many of these it does at most.
 EXPIRE_BATCH = 1000
@@ -144,16 +144,10 @@ class SQLiteBackend(Backend):
                 if not pending:
                     return
             mono = time.monotonic()
-            pause_s = min(max((mono - progress) / 10, 0.0005), longest_s)
-            if timeout_s is not None:
-                left_s = start + timeout_s - mono
-                if left_s <= 0:
-                    return
-                pause_s = min(pause_s, left_s)
-            # Looking for many ids takes its time; two thirds of it at least are left to others.
-            time.sleep(
-                max(pause_s, 2 * look_s) if timeout_s is None else min(max(pause_s, 2 * look_s), left_s)
-            )
+            left_s = float("inf") if timeout_s is None else start + timeout_s - mono
+            if left_s <= 0:
+                return
+            time.sleep(min(pause_between_looks_s(mono - progress, look_s, longest_s), left_s))
 
     def _version(self) -> Tuple[int, int]:
         try:
