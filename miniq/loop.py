@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import heapq
 import logging
-import os
 import select
 import selectors
 import socket
 import time
-import weakref
 from collections import deque
 from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+
+from .connections.forks import close_in_children
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Loop:
         self._stopping = False
         self._closed = False
         self._callback_began = 0.0
-        _guard_forks(self)
+        close_in_children(self)
 
     # -- calls and timers ---------------------------------------------------------------------
 
@@ -400,24 +400,3 @@ def _is_dead(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, 0)
     return bool(poll.poll(0))  # HUP, ERR and NVAL are always reported
-
-
-# -- forks ---------------------------------------------------------------------------------------
-
-_loops: "weakref.WeakSet[Loop]" = weakref.WeakSet()
-_hooked = False
-
-
-def _guard_forks(loop: Loop) -> None:
-    """Have `loop` closed in every child forked from now on."""
-    global _hooked
-    _loops.add(loop)
-    if not _hooked and hasattr(os, "register_at_fork"):
-        _hooked = True
-        os.register_at_fork(after_in_child=_close_inherited)
-
-
-def _close_inherited() -> None:
-    for loop in list(_loops):
-        loop.close()
-    _loops.clear()

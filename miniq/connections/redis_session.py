@@ -421,6 +421,11 @@ def pipeline(
     return replies
 
 
+def pairs_of(reply: Any) -> List[Tuple[Any, Any]]:
+    """Return the pairs of a reply that is a map: a dict with RESP3, else a flat list, as from scripts."""
+    return list(reply.items()) if isinstance(reply, dict) else list(zip(reply[::2], reply[1::2]))
+
+
 _NOTHING = Claimed(None, False, [], [])
 
 

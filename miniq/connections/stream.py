@@ -18,11 +18,11 @@ import errno
 import os
 import select
 import socket
-import weakref
 from time import monotonic
 from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Tuple, Union
 
 from ..exceptions import ImproperlyConfigured, MiniqError, OperationalError
+from .forks import close_in_children
 
 if TYPE_CHECKING:
     import ssl
@@ -109,7 +109,7 @@ class Stream:
         if hasattr(select, "poll"):
             self._poll = select.poll()
             self._poll.register(connected, select.POLLIN)
-        _guard_forks(self)
+        close_in_children(self)
 
     @classmethod
     def connect(
@@ -352,24 +352,3 @@ def _tls_reason(error: BaseException) -> str:
     if "CERT" in reason or "HANDSHAKE" in reason:
         return f"the server refused us ({text}); does it want a certificate (ssl_certfile, ssl_keyfile)?"
     return text
-
-
-# -- forks ---------------------------------------------------------------------------------------
-
-_streams: "weakref.WeakSet[Stream]" = weakref.WeakSet()
-_hooked = False
-
-
-def _guard_forks(stream: Stream) -> None:
-    """Have `stream` closed in every child forked from now on."""
-    global _hooked
-    _streams.add(stream)
-    if not _hooked and hasattr(os, "register_at_fork"):
-        _hooked = True
-        os.register_at_fork(after_in_child=_close_inherited)
-
-
-def _close_inherited() -> None:
-    for stream in list(_streams):
-        stream.close()
-    _streams.clear()

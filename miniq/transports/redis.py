@@ -266,7 +266,7 @@ class RedisTransport(Transport):
             pairs += (repr(until), task_id)
         for start in range(0, len(pairs), 2 * BATCH_MESSAGES):
             command = ("ZADD", self.link.layout.revoked, "GT", *pairs[start : start + 2 * BATCH_MESSAGES])
-            if self.link.in_transaction:
+            if self.link.session is not None:
                 self.link.add(("do", *command))
             else:
                 with self.link.using() as connection:

@@ -168,11 +168,6 @@ class Link:
         return self._session
 
     @property
-    def in_transaction(self) -> bool:
-        """Say whether operations are collected."""
-        return self._session is not None
-
-    @property
     def has_operations(self) -> bool:
         """Say whether something was collected that the next step does."""
         return self._session is not None and not self._session.is_empty

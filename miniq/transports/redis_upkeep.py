@@ -23,7 +23,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from ..connections.owners import OwnerLocks
 from ..connections.redis import Connection, Part, Script
-from ..connections.redis_session import Op, pipeline, run_ops
+from ..connections.redis_session import Op, pairs_of, pipeline, run_ops
 from ..connections.starts import StartJournal
 from ..exceptions import MiniqError
 from ..text import host_name
@@ -179,7 +179,7 @@ class Ownership:
             found, dead = connection.run(RENEW, keys, args)
         self._renewed_mono = self.mono()
         owners = {}
-        for name, text in zip(found[::2], found[1::2]):
+        for name, text in pairs_of(found):
             try:
                 owners[name.decode()] = dict(json.loads(text))
             except (ValueError, TypeError):
@@ -211,16 +211,14 @@ class Ownership:
         count = 0
         with self._link.using() as connection:
             found = connection.call("HGETALL", layout.held(owner))
-            pairs = list(found.items()) if isinstance(found, dict) else list(zip(found[::2], found[1::2]))
             states = sorted(
-                ((id_.decode(), state.decode()) for id_, state in pairs), key=_by_number, reverse=True
+                ((id_.decode(), state.decode()) for id_, state in pairs_of(found)),
+                key=_by_number,
+                reverse=True,
             )
             for start in range(0, len(states), RECOVERED_AT_ONCE):
                 part = states[start : start + RECOVERED_AT_ONCE]
-                values = pipeline(
-                    connection,
-                    [("HGET", layout.unacked, id_) for id_, state in part],
-                )
+                values = connection.call("HMGET", layout.unacked, *(id_ for id_, _ in part))
                 ops = [
                     self._recovery(owner, node, id_, state, value, journal, limit, rand)
                     for (id_, state), value in zip(part, values)
@@ -299,7 +297,7 @@ class Ownership:
                 connection,
                 [("ZREMRANGEBYSCORE", layout.revoked, "-inf", repr(now)), ("HGETALL", layout.queues)],
             )
-            pairs = list(found.items()) if isinstance(found, dict) else list(zip(found[::2], found[1::2]))
+            pairs = pairs_of(found)
             known = {name.decode("utf-8", "replace") for name, _ in pairs}
             self.forgotten = [name for name in self.queues if name not in known]
             for name_bytes, text in pairs:
@@ -333,7 +331,7 @@ class Ownership:
         if not settings.get("auto_delete") and settings.get("expires") is None:
             return
         found = connection.call("HGETALL", layout.owners)
-        for name, info in found.items() if isinstance(found, dict) else zip(found[::2], found[1::2]):
+        for name, info in pairs_of(found):
             if name.decode() != leaving and queue in json.loads(info).get("queues", ()):
                 return
         if settings.get("auto_delete"):
