@@ -253,6 +253,15 @@ _TABLE: Tuple[Setting, ...] = (
     _S("broker_pool_limit", "Optional[int]", 10, "connections in a process' pool; 0 or None = no limit",
        minimum=0, check=_zero_is_none),
     _S("broker_connection_timeout", "float", 4.0, "seconds to connect", minimum=0.001),
+    _S("broker_heartbeat", "Optional[float]", 120.0, "seconds between signs of life; 0 or None = none"),
+    _S(
+        "broker_login_method", "Optional[str]", None, "how RabbitMQ is told who we are; None = PLAIN",
+        choices=("PLAIN", "AMQPLAIN", "EXTERNAL"),
+    ),
+    _S(
+        "broker_native_delayed_delivery_queue_type", "str", "quorum",
+        "the type of the queues in which messages for quorum queues wait", choices=("classic", "quorum"),
+    ),
     _S("broker_connection_retry_on_startup", "bool", True, "a starting worker waits for its broker"),
     _S(
         "broker_connection_max_retries", "Optional[int]", 100, "... for so many tries more; 0 or None = any",
@@ -361,6 +370,7 @@ _TABLE: Tuple[Setting, ...] = (
     _S("result_serializer", "str", "json", "serializer of results"),
     _S("result_compression", "Optional[str]", None, "compression of results"),
     _S("result_backend_transport_options", "Dict[str, Any]", {}, "options of the result backend"),
+    _S("result_persistent", "bool", False, "results over rpc:// outlive a restart of the broker"),
     _S("result_backend_always_retry", "bool", False, "storing that failed is tried again"),
     # results on a Redis server: what their URL and result_backend_transport_options leave open
     _S("redis_host", "Optional[str]", None, "server of result_backend = 'redis://'; None = localhost"),
@@ -396,10 +406,9 @@ SETTINGS: Dict[str, Setting] = {setting.name: setting for setting in _TABLE}
 #: it does nothing.
 CELERY_ONLY = frozenset(
     """
-    broker_transport broker_host broker_port broker_user broker_password broker_vhost broker_heartbeat
+    broker_transport broker_host broker_port broker_user broker_password broker_vhost
     broker_pool_acquire_timeout
-    broker_channel_error_retry broker_heartbeat_checkrate broker_login_method
-    broker_native_delayed_delivery_queue_type
+    broker_channel_error_retry broker_heartbeat_checkrate
     task_remote_tracebacks task_send_sent_event task_allow_error_cb_on_chord_header
     worker_eta_task_limit worker_enable_soft_shutdown_on_idle
     worker_pool_putlocks worker_pool_restarts worker_enable_prefetch_count_reduction worker_autoscaler
@@ -408,7 +417,7 @@ CELERY_ONLY = frozenset(
     worker_send_task_events worker_cancel_long_running_tasks_on_connection_loss
     worker_detect_quorum_queues
     worker_logfile worker_pidfile worker_uid worker_gid worker_umask worker_executable
-    result_chord_expires result_failure_expires result_exchange result_exchange_type result_persistent
+    result_chord_expires result_failure_expires result_exchange result_exchange_type
     result_cache_max result_chord_retry_interval result_chord_join_timeout result_chord_ordered
     result_backend_thread_safe override_backends result_backend_max_retries
     result_backend_base_sleep_between_retries_ms result_backend_max_sleep_between_retries_ms
@@ -547,6 +556,17 @@ _HIDDEN = re.compile(
 _HIDDEN_TEXT = "********"
 
 
+def _tls_options(use_ssl: Union[bool, Dict[str, Any], None]) -> Dict[str, Any]:
+    """Return the transport options that ``broker_use_ssl`` stands for.
+
+    Celery has both spellings, with and without ``ssl_``, one for each kind of broker.
+    """
+    if not use_ssl:
+        return {}
+    given = {} if use_ssl is True else use_ssl
+    return {"ssl": True, **{f"ssl_{name.replace('ssl_', '', 1)}": value for name, value in given.items()}}
+
+
 class Settings:
     """The settings of one app: attributes, items and `update` read and write the same values.
 
@@ -571,6 +591,9 @@ class Settings:
     broker_use_ssl: Optional[Union[bool, Dict[str, Any]]]
     broker_pool_limit: Optional[int]
     broker_connection_timeout: float
+    broker_heartbeat: Optional[float]
+    broker_login_method: Optional[str]
+    broker_native_delayed_delivery_queue_type: str
     broker_connection_retry_on_startup: bool
     broker_connection_max_retries: Optional[int]
     broker_connection_retry: bool
@@ -639,6 +662,7 @@ class Settings:
     result_serializer: str
     result_compression: Optional[str]
     result_backend_transport_options: Dict[str, Any]
+    result_persistent: bool
     result_backend_always_retry: bool
     redis_host: Optional[str]
     redis_port: Optional[int]
@@ -821,30 +845,39 @@ class Settings:
         What `broker_transport_options` (`result_backend_transport_options`) leaves open, other settings
         say; where these agree, messages and results on one server share one pool of connections.
         """
-        options: Dict[str, Any] = {
+        options = self._options_for_server()
+        if not results:
+            return {**options, **_tls_options(self.broker_use_ssl), **self.broker_transport_options}
+        more = {
+            "max_connections": self.redis_max_connections,
+            "socket_connect_timeout": self.redis_socket_connect_timeout,
+            "socket_timeout": self.redis_socket_timeout,
+            "socket_keepalive": self.redis_socket_keepalive,
+            "health_check_interval": self.redis_backend_health_check_interval,
+            "client_name": self.redis_client_name,
+            "username": self.redis_username,
+            "password": self.redis_password,
+        }
+        options.update((name, value) for name, value in more.items() if value is not None)
+        options.update(_tls_options(self.redis_backend_use_ssl))
+        return {**options, **self.result_backend_transport_options}
+
+    def options_for_amqp(self) -> Dict[str, Any]:
+        """Return the transport options for RabbitMQ, for messages and for what comes over ``rpc://``."""
+        return {
+            **self._options_for_server(),
+            "heartbeat": int(self.broker_heartbeat or 0),
+            "login_method": self.broker_login_method,
+            "delayed_queue_type": self.broker_native_delayed_delivery_queue_type,
+            **_tls_options(self.broker_use_ssl),
+            **self.broker_transport_options,
+        }
+
+    def _options_for_server(self) -> Dict[str, Any]:
+        return {
             "max_connections": self.broker_pool_limit or NO_POOL_LIMIT,
             "socket_connect_timeout": self.broker_connection_timeout,
         }
-        use_ssl, given = self.broker_use_ssl, self.broker_transport_options
-        if results:
-            use_ssl, given = self.redis_backend_use_ssl, self.result_backend_transport_options
-            more = {
-                "max_connections": self.redis_max_connections,
-                "socket_connect_timeout": self.redis_socket_connect_timeout,
-                "socket_timeout": self.redis_socket_timeout,
-                "socket_keepalive": self.redis_socket_keepalive,
-                "health_check_interval": self.redis_backend_health_check_interval,
-                "client_name": self.redis_client_name,
-                "username": self.redis_username,
-                "password": self.redis_password,
-            }
-            options.update((name, value) for name, value in more.items() if value is not None)
-        if use_ssl:
-            options["ssl"] = True
-            if use_ssl is not True:
-                # Celery has both spellings, one for each kind of broker.
-                options.update((f"ssl_{name.replace('ssl_', '', 1)}", use_ssl[name]) for name in use_ssl)
-        return {**options, **given}
 
     def check(self) -> None:
         """Check what several settings say together; raises `ImproperlyConfigured`."""

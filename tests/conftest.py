@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
-from servers import RedisServer
+from servers import RabbitServer, RedisServer
 from workers import TELL_READY, Program, WorkerProcess, children_of, environment
 
 from miniq import MiniQ, _state
@@ -145,6 +145,40 @@ def new_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
             server = RedisServer(tmp_path_factory.mktemp("redis"), **options)
             at_the_end.callback(lambda: print(f"--- {server}:\n{server.log}"))
             at_the_end.callback(server.stop)
+            return server.start()
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def rabbit_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """The rabbitmq-server of all tests that neither stop it nor change its configuration."""
+    with RabbitServer(tmp_path_factory.mktemp("rabbit")) as server:
+        yield server
+        # What it would keep is of no use.
+        server.kill()
+
+
+@pytest.fixture
+def rabbit_url(rabbit_server: RabbitServer) -> Iterator[str]:
+    """The URL of a virtual host of the shared server, empty, and of this test alone."""
+    vhost = rabbit_server.new_vhost()
+    seen = len(rabbit_server.log)
+    yield rabbit_server.url(vhost)
+    # Shown by pytest when the test failed.
+    print(f"--- {rabbit_server}:\n{rabbit_server.log[seen:][-4000:]}")
+    rabbit_server.delete_vhost(vhost)
+
+
+@pytest.fixture
+def new_rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RabbitServer]]:
+    """Start servers for this test alone: ``new_rabbit(**options of RabbitServer)``."""
+    with ExitStack() as at_the_end:
+
+        def start(**options: Any) -> RabbitServer:
+            server = RabbitServer(tmp_path_factory.mktemp("rabbit"), **options)
+            at_the_end.callback(lambda: print(f"--- {server}:\n{server.log[-8000:]}"))
+            at_the_end.callback(server.kill)
             return server.start()
 
         yield start

@@ -273,7 +273,9 @@ def test_options_of_redis_are_all_there_with_their_defaults() -> None:
 
 
 def test_options_of_redis_that_nothing_reads_are_said_to_be_without_effect_and_no_others() -> None:
-    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "miniq").rglob("redis*.py"))
+    shared = [ROOT / "miniq" / "connections" / name for name in ("options.py", "servers.py")]
+    files = [*(ROOT / "miniq").rglob("redis*.py"), *shared]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
     marked = {name for name, _, text in OPTIONS_OF_REDIS if "without effect" in text}
     assert marked == {name for name, _, _ in OPTIONS_OF_REDIS if not re.search(rf"\.{name}\b", source)}
 

@@ -1,18 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""The servers of the tests: what the tests of Redis and memcached rely on."""
+"""The servers of the tests: what the tests of Redis, memcached and RabbitMQ rely on."""
 
 from __future__ import annotations
 
 import signal
 import socket
 import ssl
+import struct
 import sys
 from pathlib import Path
 from typing import Callable
 
 import pytest
 import servers
-from servers import HOST, Certificates, ErrorReply, MemcachedServer, RedisServer, certificates, find_program
+from servers import (
+    HOST,
+    Certificates,
+    ErrorReply,
+    MemcachedServer,
+    RabbitError,
+    RabbitServer,
+    RedisServer,
+    certificates,
+    find_program,
+)
 from waiting import wait_until
 from workers import Program, environment, is_alive
 
@@ -113,6 +124,152 @@ def test_memcached_answers(tmp_path: Path) -> None:
         assert server.command("set key 0 0 5\r\nvalue") == b"STORED\r\n"
         assert server.command("get key") == b"VALUE key 0 5\r\nvalue\r\nEND\r\n"
         assert server.restart().command("get key") == b"END\r\n"
+
+
+def new_queue(server: RabbitServer, vhost: str, name: str, kind: str = "classic") -> None:
+    server.eval(
+        f'Name = rabbit_misc:r(<<"{vhost}">>, queue, <<"{name}">>),'
+        f' Arguments = [{{<<"x-queue-type">>, longstr, <<"{kind}">>}}],'
+        " {new, _} = rabbit_amqqueue:declare(Name, true, false, Arguments, none, <<>>), ok"
+    )
+
+
+class Login:
+    """A connection to RabbitMQ that has logged in: just so much of AMQP 0-9-1 as that takes."""
+
+    def __init__(self, peer: socket.socket, vhost: str, user: str = "guest", password: str = "guest") -> None:
+        self.peer = peer
+        peer.settimeout(20)
+        peer.sendall(b"AMQP\0\0\x09\x01")
+        self.expect(10, 10)  # connection.start
+        login = f"\0{user}\0{password}".encode()
+        self.send(10, 11, struct.pack(">L6pL", 0, b"PLAIN", len(login)) + login + b"\x05en_US")
+        self.send(10, 31, self.expect(10, 30))  # connection.tune-ok, with what tune says
+        self.send(10, 40, bytes([len(vhost)]) + vhost.encode() + b"\0\0")
+        self.expect(10, 41)  # connection.open-ok
+
+    def send(self, number: int, method: int, arguments: bytes) -> None:
+        size = len(arguments) + 4
+        self.peer.sendall(struct.pack(">BHLHH", 1, 0, size, number, method) + arguments + b"\xce")
+
+    def expect(self, number: int, method: int) -> bytes:
+        """Read a method; return its arguments."""
+        _, _, size, *found = struct.unpack(">BHLHH", self._read(11))
+        arguments = self._read(size - 3)[:-1]
+        assert found == [number, method], (found, arguments)
+        return arguments
+
+    def _read(self, size: int) -> bytes:
+        # Not MSG_WAITALL, which TLS does not know.
+        found = b""
+        while len(found) < size:
+            more = self.peer.recv(size - len(found))
+            assert more, "RabbitMQ closed the connection"
+            found += more
+        return found
+
+
+def test_shared_rabbit_gives_a_virtual_host_of_the_test(rabbit_server: RabbitServer, rabbit_url: str) -> None:
+    assert int(bytes(rabbit_server.eval("os:getpid()"))) == rabbit_server.pid
+    vhost = rabbit_url.rpartition("/")[2]
+    assert rabbit_url == f"amqp://guest:guest@{HOST}:{rabbit_server.port}/{vhost}"
+    assert vhost != rabbit_server.new_vhost()
+    for number, kind in enumerate(("classic", "quorum")):
+        new_queue(rabbit_server, vhost, kind, kind)
+        assert len(rabbit_server.queues(vhost)) == number + 1
+        queue = rabbit_server.queues(vhost)[kind]
+        assert (queue["type"], queue["messages"], queue["durable"]) == (kind, 0, True)
+        assert queue["arguments"] == {"x-queue-type": kind}
+    rabbit_server.delete_queue("classic", vhost)
+    assert list(rabbit_server.queues(vhost)) == ["quorum"]
+
+
+def test_rabbit_evaluates_erlang(rabbit_server: RabbitServer) -> None:
+    assert rabbit_server.eval("[1, 2.5, atom, true, undefined, {}]") == [1, 2.5, "atom", True, None, []]
+    assert rabbit_server.eval('#{<<"ä\U0001f407\\""/utf8>> => {<<>>}}') == {'ä\U0001f407"': [""]}
+    assert rabbit_server.eval("A = 1, A + 1") == 2
+    assert rabbit_server.eval("self()").startswith("<0.")
+    for wrong, reason in (("1 = 2", "badmatch"), ("1 +", "syntax error"), ("lists:nothing()", "undef")):
+        with pytest.raises(RabbitError, match=f"(?s){wrong[:1]}.*{reason}"):
+            rabbit_server.eval(wrong)
+    with pytest.raises(OSError, match="timed out"):
+        rabbit_server.eval("timer:sleep(20000)", timeout_s=0.05)
+
+
+def test_rabbitmqctl_reaches_the_server(rabbit_server: RabbitServer, rabbit_url: str) -> None:
+    assert rabbit_url.rpartition("/")[2] in rabbit_server.ctl("list_vhosts").split()
+    with pytest.raises(AssertionError, match="(?s)rabbitmqctl list_queues -p nowhere.*not_found|nowhere"):
+        rabbit_server.ctl("delete_vhost", "nowhere")
+
+
+def test_rabbit_lists_and_closes_connections(rabbit_server: RabbitServer, rabbit_url: str) -> None:
+    vhost = rabbit_url.rpartition("/")[2]
+    with socket.create_connection((HOST, rabbit_server.port)) as peer:
+        login = Login(peer, vhost)
+        (row,) = [row for row in rabbit_server.connections() if row["vhost"] == vhost]
+        assert (row["user"], row["channels"], row["client_properties"]) == ("guest", 0, {})
+        assert rabbit_server.close_connections("said the test") == 1
+        assert b"said the test" in login.expect(10, 50)  # connection.close
+        login.send(10, 51, b"")  # connection.close-ok
+        wait_until(lambda: not rabbit_server.connections(), what="the connection is gone")
+    assert rabbit_server.close_connections() == 0
+
+
+def test_rabbit_knows_users_and_their_permissions(rabbit_server: RabbitServer, rabbit_url: str) -> None:
+    vhost = rabbit_url.rpartition("/")[2]
+    rabbit_server.add_user("käthe", "p@ss:wörd")
+    url = rabbit_server.url(vhost, "käthe", "p@ss:wörd", heartbeat=3)
+    assert url.startswith("amqp://k%C3%A4the:p%40ss%3Aw%C3%B6rd@") and url.endswith(f"/{vhost}?heartbeat=3")
+    address = (HOST, rabbit_server.port)
+    with socket.create_connection(address) as peer, pytest.raises(AssertionError, match="NOT_ALLOWED"):
+        Login(peer, vhost, "käthe", "p@ss:wörd")
+    rabbit_server.set_permissions("käthe", vhost, write="^$")
+    with socket.create_connection(address) as peer:
+        Login(peer, vhost, "käthe", "p@ss:wörd")
+    assert rabbit_server.url() == f"amqp://guest:guest@{HOST}:{rabbit_server.port}/%2F"
+
+
+def test_killed_rabbit_has_its_queues_and_port_again(new_rabbit: Callable[..., RabbitServer]) -> None:
+    server = new_rabbit(settings={"consumer_timeout": 60000})
+    assert server.eval("application:get_env(rabbit, consumer_timeout)") == ["ok", 60000]
+    vhost, port, pid = server.new_vhost(), server.port, server.pid
+    new_queue(server, vhost, "queue")
+    server.pause()
+    with pytest.raises(OSError, match="timed out"):
+        server.eval("1", timeout_s=0.05)
+    server.resume()
+    server.raise_memory_alarm()
+    assert "memory" in str(server.alarms())
+    server.clear_memory_alarm()
+    server.pause()
+    server.kill()
+    assert not is_alive(pid)
+    with pytest.raises(OSError):
+        server.eval("1")
+    server.start()
+    assert server.port == port and list(server.queues(vhost)) == ["queue"]
+    assert server.new_vhost() != vhost
+    server.stop()
+    assert not server.running
+
+
+def test_tls_rabbit_evades_a_port_that_is_taken(
+    tmp_path_factory: pytest.TempPathFactory, files: Certificates
+) -> None:
+    server = RabbitServer(tmp_path_factory.mktemp("rabbit"), tls=files, tls_clients=True)
+    taken = server.node_port
+    context = ssl.create_default_context(cafile=str(files.ca))
+    context.load_cert_chain(str(files.client_certificate), str(files.client_key))
+    with socket.socket() as other:
+        other.bind((HOST, taken))
+        other.listen()
+        with server:
+            assert server.node_port != taken
+            assert server.url(ssl_ca_certs="a b").startswith("amqps://guest:guest@")
+            plain = socket.create_connection((HOST, server.port))
+            with context.wrap_socket(plain, server_hostname="localhost") as peer:
+                Login(peer, "/")
+            server.kill()
 
 
 TESTS_WITH_A_SERVER = """

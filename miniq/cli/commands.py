@@ -154,14 +154,15 @@ def run_purge(app: Any, options: argparse.Namespace) -> int:
 
 def run_queues(app: Any, options: argparse.Namespace) -> int:
     """Print the sizes of all queues."""
-    sizes = app.producer.transport.sizes()
+    sizes = app.producer.transport.sizes(app.router.queues)
     if options.json:
         print(json.dumps([size._asdict() for size in sizes]))
         return 0
     rows = [("queue", "ready", "waiting", "unacked", "oldest")]
     for size in sizes:
         age = "" if size.oldest_s is None else f"{size.oldest_s:.0f} s"
-        rows.append((size.queue, str(size.ready), str(size.waiting), str(size.unacked), age))
+        counts = ("-" if count is None else str(count) for count in size[1:4])
+        rows.append((size.queue, *counts, age))
     _print_table(rows)
     return 0
 

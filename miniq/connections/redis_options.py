@@ -14,16 +14,14 @@ stand in ``broker_transport_options`` may also stand in a URL's query; the query
 
 from __future__ import annotations
 
-import logging
-import re
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from urllib.parse import unquote, urlsplit
 
 from ..exceptions import ImproperlyConfigured
-from ..text import mask_url, nearest, safe_repr, unknown_scheme
+from ..text import mask_url, safe_repr, unknown_scheme
+from . import options as reading
+from .options import CERT_REQS, COUNT, SECONDS, SOCKET_OPTIONS, Kind, host_and_port, query_of, split_urls
 from .stream import TLS, Address
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 6379
 DEFAULT_SENTINEL_PORT = 26379
@@ -50,7 +48,6 @@ _NO_MEANING = frozenset(
     " unacked_restore_limit visibility_timeout_policy".split()
 )
 _SECRET = frozenset({"password", "ssl_password", "sentinel_kwargs"})
-_URL_LIST = re.compile(r"[;,\s]+(?=[A-Za-z][A-Za-z0-9+.\-]*://)")
 
 
 class Options(NamedTuple):
@@ -104,16 +101,18 @@ class Options(NamedTuple):
         """
         given: Dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         for one in split_urls(url):
-            query = dict(_query(one))
+            query = dict(query_of(one))
             given.update({name: value for name, value in query.items() if name not in _OF_ONE_URL})
         return cls(**_checked(given, _KINDS, f"{mask_url(url)!r}: transport option"))
 
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds to connect to one server, what all options of servers call so."""
+        return self.socket_connect_timeout
+
     def tls(self) -> TLS:
         """Return how to speak TLS with the server."""
-        return TLS(
-            self.ssl_cert_reqs, self.ssl_ca_certs, self.ssl_ca_path, self.ssl_ca_data, self.ssl_certfile,
-            self.ssl_keyfile, self.ssl_password, self.ssl_check_hostname, self.ssl_ciphers,
-        )  # fmt: skip
+        return reading.tls_of(self)
 
     def for_sentinels(self) -> "Options":
         """Return the options for conversations with the sentinels."""
@@ -121,12 +120,7 @@ class Options(NamedTuple):
         return self._replace(**{**plain, **dict(self.sentinel_kwargs)})
 
     def __repr__(self) -> str:
-        said = (
-            f"{name}={'**' if name in _SECRET else repr(value)}"
-            for name, value in zip(self._fields, self)
-            if value != self._field_defaults[name]
-        )
-        return f"Options({', '.join(said)})"
+        return reading.shown(self, _SECRET)
 
 
 class Endpoint(NamedTuple):
@@ -150,11 +144,6 @@ class Endpoint(NamedTuple):
         if self.sentinels:
             return ("sentinel", tuple(sorted(self.sentinels)), self.master_name, self.db)
         return ("unix" if isinstance(self.address, str) else "tcp", self.address, self.db)
-
-
-def split_urls(urls: str) -> List[str]:
-    """Return the URLs in a list with ``;`` between them."""
-    return [one.strip() for one in _URL_LIST.split(urls.strip().rstrip(";,")) if one.strip()]
 
 
 def endpoints(urls: str, options: Options) -> Tuple[Endpoint, ...]:
@@ -194,7 +183,7 @@ def _endpoint(url: str, options: Options) -> Endpoint:
     parts = urlsplit(url)
     if parts.fragment:
         raise ValueError("'#' is not allowed")
-    query = dict(_query(url))
+    query = dict(query_of(url))
     login, _, hosts = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
     path = unquote(parts.path)
@@ -208,9 +197,9 @@ def _endpoint(url: str, options: Options) -> Endpoint:
     elif kind == "tcp":
         if "," in hosts:
             raise ValueError(f"several hosts in one URL: write {scheme}://one;{scheme}://other")
-        address = _host_and_port(hosts, DEFAULT_PORT)
+        address = host_and_port(hosts, DEFAULT_PORT)
     else:
-        sentinels = tuple(_host_and_port(one, DEFAULT_SENTINEL_PORT) for one in hosts.split(","))
+        sentinels = tuple(host_and_port(one, DEFAULT_SENTINEL_PORT) for one in hosts.split(","))
         if not options.master_name:
             raise ValueError(
                 "which master? name it with ?master_name=... or the transport option master_name,"
@@ -228,21 +217,6 @@ def _endpoint(url: str, options: Options) -> Endpoint:
     )
 
 
-def _query(url: str) -> List[Tuple[str, str]]:
-    return parse_qsl(url.partition("?")[2], keep_blank_values=True)
-
-
-def _host_and_port(text: str, default_port: int) -> Tuple[str, int]:
-    if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        port = rest.lstrip(":")
-    else:
-        host, _, port = text.partition(":")
-    if port and not (port.isdigit() and 0 < int(port) < 65536):
-        raise ValueError("the port is no number from 1 to 65535")
-    return unquote(host) or "localhost", int(port or default_port)
-
-
 def _database(text: str) -> int:
     text = text.strip("/")
     if text and not text.isdigit():
@@ -251,49 +225,6 @@ def _database(text: str) -> int:
 
 
 # -- checking options ----------------------------------------------------------------------------
-
-
-class _Kind(NamedTuple):
-    """How to read a value (ValueError, TypeError where it cannot be), and what to say of it."""
-
-    read: Callable[[Any], Any]
-    what: str
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not 0 < float(value) < 1e9:
-        raise ValueError
-    return float(value)
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value) or not 0 < int(value) < 1e6:
-        raise ValueError
-    return int(value)
-
-
-def _flag(value: Any) -> bool:
-    if isinstance(value, str):
-        return {"true": True, "yes": True, "on": True, "1": True,
-                "false": False, "no": False, "off": False, "0": False, "": False}[value.lower()]  # fmt: skip
-    if value in (0, 1):
-        return bool(value)
-    raise ValueError
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _cert_reqs(value: Any) -> str:
-    if isinstance(value, int):  # ssl.CERT_REQUIRED and the others are numbers
-        return ("none", "optional", "required")[range(3).index(value)]
-    name = str(value).lower().replace("cert_", "")
-    if name not in ("none", "optional", "required"):
-        raise ValueError
-    return name
 
 
 def _steps(value: Any) -> Tuple[int, ...]:
@@ -307,13 +238,9 @@ def _steps(value: Any) -> Tuple[int, ...]:
 
 def _fanout_prefix(value: Any) -> Any:
     try:
-        return _flag(value)
+        return reading.flag(value)
     except KeyError:
         return str(value)
-
-
-def _socket_options(value: Any) -> Tuple[Tuple[int, int], ...]:
-    return tuple(sorted((int(number), int(setting)) for number, setting in dict(value).items()))
 
 
 def _sentinel_options(value: Any) -> Tuple[Tuple[str, Any], ...]:
@@ -321,43 +248,21 @@ def _sentinel_options(value: Any) -> Tuple[Tuple[str, Any], ...]:
     names = [name for name in _KINDS if name in ("username", "password") or name.startswith("ssl")]
     known = {name: _KINDS[name] for name in names}
     # Times are those of all; whatever else redis-py would take has no meaning for one question.
-    known.update(socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS)
+    known.update(socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
     return tuple(sorted(_checked(given, known, "sentinel_kwargs:").items()))
 
 
-_SECONDS = _Kind(_seconds, "a number of seconds above 0")
-_FLAG = _Kind(_flag, "true or false")
-_TEXT = _Kind(_text, "text")
-#: By the type of the default; those without one are text.
-_OF_TYPE: Dict[type, _Kind] = {bool: _FLAG, float: _SECONDS, str: _TEXT, type(None): _TEXT}
-_KINDS: Dict[str, _Kind] = {
-    **{name: _OF_TYPE.get(type(default), _TEXT) for name, default in Options._field_defaults.items()},
-    "visibility_timeout": _SECONDS,
-    "max_connections": _Kind(_count, "a number from 1"),
-    "ssl_cert_reqs": _Kind(_cert_reqs, "required, optional or none"),
-    "priority_steps": _Kind(_steps, "a list of numbers from 0"),
-    "fanout_prefix": _Kind(_fanout_prefix, "true, false or text"),
-    "socket_keepalive_options": _Kind(_socket_options, "a dict of numbers of TCP options"),
-    "sentinel_kwargs": _Kind(_sentinel_options, "a dict"),
-}
+_KINDS = reading.kinds_of(
+    Options._field_defaults,
+    visibility_timeout=SECONDS,
+    max_connections=COUNT,
+    ssl_cert_reqs=CERT_REQS,
+    priority_steps=Kind(_steps, "a list of numbers from 0"),
+    fanout_prefix=Kind(_fanout_prefix, "true, false or text"),
+    socket_keepalive_options=SOCKET_OPTIONS,
+    sentinel_kwargs=Kind(_sentinel_options, "a dict"),
+)
 
 
-def _checked(given: Mapping[str, Any], known: Mapping[str, _Kind], where: str) -> Dict[str, Any]:
-    checked: Dict[str, Any] = {}
-    for name, value in given.items():
-        if name in _NO_MEANING:
-            logger.debug("%s %s has no meaning here and is ignored", where, name)
-            continue
-        kind = known.get(name)
-        if kind is None:
-            hint = nearest(name, known)
-            raise ImproperlyConfigured(
-                f"{where} {safe_repr(name, 60)} is unknown{f' (did you mean {hint}?)' if hint else ''};"
-                f" known: {', '.join(known)}"
-            )
-        try:
-            checked[name] = kind.read(value)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            shown = "**" if name in _SECRET else safe_repr(value, 100)
-            raise ImproperlyConfigured(f"{where} {name} must be {kind.what}, not {shown}") from error
-    return checked
+def _checked(given: Mapping[str, Any], known: Mapping[str, Kind], where: str) -> Dict[str, Any]:
+    return reading.checked(given, known, where, _NO_MEANING, _SECRET)

@@ -38,7 +38,10 @@ logger = logging.getLogger(__name__)
 
 #: URL scheme -> "module:Class", relative to this package.
 TRANSPORTS: Dict[str, str] = {
+    "amqp": ".amqp:AmqpTransport",
+    "amqps": ".amqp:AmqpTransport",
     "memory": ".memory:MemoryTransport",
+    "pyamqp": ".amqp:AmqpTransport",
     "redis": ".redis:RedisTransport",
     "rediss": ".redis:RedisTransport",
     "redis+socket": ".redis:RedisTransport",
@@ -60,12 +63,12 @@ class Publication(NamedTuple):
 
 
 class QueueSize(NamedTuple):
-    """How a queue stands: counts of messages, and the age of the oldest ready one."""
+    """How a queue stands: counts of messages, and the age of the oldest ready one; None = not told."""
 
     queue: str
     ready: int
-    waiting: int  #: not due yet
-    unacked: int  #: held or run by workers
+    waiting: Optional[int]  #: not due yet
+    unacked: Optional[int]  #: held or run by workers
     oldest_s: Optional[float]
 
 
@@ -150,8 +153,11 @@ class Transport:
         """Delete what waits in `queue` (ready and not due); return how many."""
         raise NotImplementedError
 
-    def sizes(self) -> List[QueueSize]:
-        """Return the sizes of all known queues, sorted by name."""
+    def sizes(self, names: Iterable[str] = ()) -> List[QueueSize]:
+        """Return the sizes of all known queues, sorted by name.
+
+        A broker that cannot list its queues is asked for `names`; those it does not have are left out.
+        """
         raise NotImplementedError
 
     def revoke(self, task_ids: Iterable[str], until: float) -> None:

@@ -130,7 +130,7 @@ class MemoryTransport(Transport):
                 broker.delete(row)
         return len(rows)
 
-    def sizes(self) -> List[QueueSize]:
+    def sizes(self, names: Iterable[str] = ()) -> List[QueueSize]:
         with self.broker as broker:
             now = self._wall()
             counts: Dict[str, List[Any]] = {name: [0, 0, 0, None] for name in broker.queues}

@@ -231,7 +231,7 @@ class RedisTransport(Transport):
             counts = pipeline(connection, commands)[-1]
         return sum(counts[:-1])
 
-    def sizes(self) -> List[QueueSize]:
+    def sizes(self, names: Iterable[str] = ()) -> List[QueueSize]:
         layout = self.link.layout
         with self.link.using() as connection:
             names = sorted(name.decode() for name in connection.call("HKEYS", layout.queues))

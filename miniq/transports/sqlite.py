@@ -255,7 +255,7 @@ class SQLiteTransport(Transport):
                     break
         return removed
 
-    def sizes(self) -> List[QueueSize]:
+    def sizes(self, names: Iterable[str] = ()) -> List[QueueSize]:
         db = self._database()
         counts: Dict[str, List[Any]] = {
             name: [0, 0, 0, None] for (name,) in db.read("SELECT name FROM queues")

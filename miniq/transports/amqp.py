@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT
+"""RabbitMQ as the broker, with exchanges, queues and messages as Celery has them.
+
+Publishing is confirmed: `publish` returns when the server has the messages on its disk (or, for
+transient ones, in its queue), and raises when one reaches no queue.  It goes over connections that
+the threads of a process share; a worker takes its messages over one of its own (`amqp_consumer`), as
+a server that is short of memory stops reading from those who publish.
+
+RabbitMQ has no transactions worth the name.  What is called in a transaction is done at the next
+`Consumer.poll`, or at its end, and in this order: messages are published and confirmed, and only then
+is acknowledged what they replace.  So whatever breaks in between, a message may be there twice for a
+moment, and never not at all.
+
+Besides Celery's there are queues whose names begin with ``_miniq.``: ``dead`` (messages that were set
+aside), ``delay.*`` (messages that are not due) and ``notes`` (what workers tell each other).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from time import monotonic
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from ..connections.amqp import Channel, ChannelError, Options
+from ..routing import Queue
+from . import amqp_notes
+from .amqp_consumer import AmqpConsumer
+from .amqp_link import DEAD, DEAD_HEADER, Item, Link
+from .amqp_message import from_content, take_added, take_starts, to_content
+from .amqp_topology import refused
+from .base import DeadLetter, Publication, QueueSize, Transport, due_at
+
+#: Dead letters that are looked through at most.
+MOST_DEAD = 10_000
+
+
+class AmqpTransport(Transport):
+    """One thread's way to a RabbitMQ server."""
+
+    fanout = True
+    priority = True
+    delay = True
+    rolls_back = False
+    priority_order = "higher first"
+
+    def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
+        self.link = Link(url, Options.read(options, url), wall)
+        self.confirms = self.link.options.confirm_publish
+        self._pid = os.getpid()
+
+    # -- declare
+
+    def declare(self, queue: Queue, timeout_s: Optional[float] = None) -> None:
+        link = self.link
+        known = link.declared.get(queue.name)
+        if (known is queue or known == queue) and self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        timeout_s = link.options.socket_timeout if timeout_s is None else timeout_s
+        deadline_mono = monotonic() + timeout_s
+        with link.channel(timeout_s) as channel:
+            link.declare_on(channel, queue, deadline_mono)
+
+    # -- publish
+
+    def publish(self, publications: Sequence[Publication], timeout_s: float) -> None:
+        link = self.link
+        step = link.open_step
+        deadline_mono = monotonic() + timeout_s
+        if step is not None:
+            if link.sent_before:
+                publications = [p for p in publications if link.sent_before.pop(id(p.message), None) is None]
+            step.own += [p.message for p in publications]
+        link.hand_over([(p.message, self._item(p, deadline_mono)) for p in publications], timeout_s)
+
+    def _item(self, publication: Publication, deadline_mono: float) -> Item:
+        message, exchange, routing_key = publication
+        properties, headers = to_content(message)
+        eta = message.headers.get("eta")
+        if eta is not None and not exchange:
+            left_s = due_at(message, self.link.wall()) - self.link.wall()
+            if self.link.waiting.is_far(left_s):
+                exchange, routing_key = self.link.way(routing_key, left_s, deadline_mono)
+        return exchange, routing_key, properties, headers, message.body, "task" in headers
+
+    # -- transactions
+
+    def transaction(self) -> "AbstractContextManager[None]":
+        return self.link.transaction()
+
+    # -- consumers
+
+    def consumer(self, node: str, queues: Iterable[Queue]) -> AmqpConsumer:
+        return AmqpConsumer(self.link, node, queues)
+
+    # -- looking and mending
+
+    def purge(self, queue: str) -> int:
+        with self.link.channel() as channel:
+            try:
+                reply = channel.call("queue.purge", queue=queue)
+            except ChannelError as error:
+                if error.code == 404:
+                    return 0
+                raise refused(error, f"queue {queue!r}") from error
+        count: int = reply["message_count"]
+        return count
+
+    def sizes(self, names: Iterable[str] = ()) -> List[QueueSize]:
+        known = {*names, *self.link.declared}
+        found = []
+        for name in sorted(known):
+            try:
+                with self.link.channel() as channel:
+                    reply = channel.call("queue.declare", queue=name, passive=True)
+            except ChannelError as error:
+                if error.code != 404:
+                    raise refused(error, f"queue {name!r}") from error
+            else:
+                found.append(QueueSize(name, reply["message_count"], None, None, None))
+        return found
+
+    def revoke(self, task_ids: Iterable[str], until: float) -> None:
+        ids = list(task_ids)
+        for start in range(0, len(ids), 1000):
+            part = ids[start : start + 1000]
+            self.link.note(amqp_notes.revocation(part, until))
+            if self.link.open_step is not None:
+                self.link.open_step.revoked.append((part, until))
+            else:
+                self.link.tell_revoked(part, until)
+
+    def dead_letters(self, limit: int = 100) -> List[DeadLetter]:
+        with self.link.channel() as channel:
+            letters = [letter for _, letter in self._each_dead(channel)]
+        # Closing the channel has put all of them back.
+        return letters[: -limit - 1 : -1] if limit else []
+
+    def _each_dead(self, channel: Channel) -> Iterator[Tuple[int, DeadLetter]]:
+        """Take dead letters, the oldest first; they go back with the channel."""
+        self.link.declare_dead(channel)
+        for _ in range(MOST_DEAD):
+            found = channel.get(DEAD)
+            if found is None:
+                return
+            message = from_content(found.content)
+            told = message.headers.pop(DEAD_HEADER, None)
+            told = told if isinstance(told, dict) else {}
+            take_starts(message.headers)
+            take_added(message.headers)
+            letter = DeadLetter(
+                str(told.get("id", "")), str(told.get("queue", "")), str(told.get("reason", "")),
+                float(told.get("at") or 0.0), message,
+            )  # fmt: skip
+            yield found.delivery_tag, letter
+
+    def replay(self, dead_letter_id: str) -> bool:
+        with self.link.channel() as channel:
+            for tag, letter in self._each_dead(channel):
+                if letter.id == dead_letter_id:
+                    again = Publication(letter.message, "", letter.queue)
+                    self.publish([again], self.link.options.socket_timeout)
+                    channel.ack(tag, False)
+                    return True
+        return False
+
+    def drop(self, dead_letter_id: str) -> bool:
+        with self.link.channel() as channel:
+            for tag, letter in self._each_dead(channel):
+                if letter.id == dead_letter_id:
+                    channel.ack(tag, False)
+                    return True
+        return False
+
+    def close(self) -> None:
+        for consumer in list(self.link.consumers):
+            consumer.close()
+        self.link.declared.clear()
+        self.link.waiting.forget()

@@ -1,0 +1,678 @@
+# SPDX-License-Identifier: MIT
+"""A worker's share of a RabbitMQ server.
+
+RabbitMQ pushes: it is told how many messages a consumer may have that are not acknowledged, and sends
+these.  Whatever waits here for a free slot is kept from other workers, so the consumer subscribes to
+its queues while it wants messages, for as many as it wants, and cancels that before it acknowledges
+what would make room for more.  Only while messages are taken in quick succession it stays subscribed
+and has some ahead; when the succession ends, they go back.
+
+A delivery ends with its channel, a run does not.  What runs when a channel or connection is lost is
+remembered by queue, id and retries: when the server hands it out again, and here, that joins the
+run.  What had been acknowledged a moment before may come again too, and is acknowledged again.
+
+A message that is due soon is held here; the others go to a queue in which they wait (see
+`amqp_delays`), and only when the server has them there is the original acknowledged.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import random
+from collections import deque
+from time import monotonic
+from typing import Any, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from ..codecs.amqp import Cancelled, ChannelClosed, Deliver
+from ..connections.amqp import Channel, ChannelError, Connection
+from ..exceptions import OperationalError
+from ..message import Delivery
+from ..routing import Queue
+from . import amqp_notes
+from .amqp_delay import strip_prefix
+from .amqp_link import Held, Key, Link, Subscription
+from .amqp_message import from_content, redeliveries, take_added, take_starts
+from .amqp_topology import declare_queue, refused
+from .base import Consumer, NotOurs, due_at, pause_after_loss_s
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at a connection on which nothing comes.
+NET_INTERVAL_S = 2.0
+#: A server that has been silent for so long is asked whether it is there, and has so long to answer.
+SILENT_S, PROBE_TIMEOUT_S = 5.0, 5.0
+#: Messages are taken in quick succession where the next ones are wanted so soon after the last.
+QUICK_S = 0.02
+#: What came ahead and is not wanted for so long goes back.
+LINGER_S = 0.5
+#: Messages a subscription is for, at least and at most, in quick succession.
+LEAST_AHEAD, MOST_AHEAD = 16, 256
+#: Messages held here until they are due, at most.
+MOST_HELD = 1000
+#: Acknowledgements may be lost with their connection for so long; so many are remembered at most.
+DOUBT_S, MOST_DOUBTED = 30.0, 20_000
+
+class AmqpConsumer(Consumer):
+    """A worker's share of a RabbitMQ server."""
+
+    def __init__(self, link: Link, node: str, queues: Iterable[Queue]) -> None:
+        self.node = node
+        self.random = random.Random()
+        self.poll_interval_s = NET_INTERVAL_S
+        self.moved = False
+        self.woken = True
+        self._link = link
+        self._wall = link.wall
+        self._hold_s = link.options.hold
+        self._queues: Dict[str, Queue] = {queue.name: queue for queue in queues}
+        self._connection: Optional[Connection] = None
+        self._retired: List[Connection] = []
+        self._channel: Optional[Channel] = None
+        self._pid = os.getpid()
+        self._epoch = 0
+        self._prefetch = -1
+        self._subscriptions: Dict[str, Subscription] = {}
+        #: All that were made on this channel: a message may come from one that is cancelled.
+        self._by_tag: Dict[str, Subscription] = {}
+        self._made = 0
+        self._turns = 0
+        #: Tag -> what is not acknowledged, in the order of the tags.
+        self._unsettled: Dict[int, Held] = {}
+        self._ready: Dict[str, Deque[Held]] = {}
+        self._later: List[Tuple[float, int, Held]] = []
+        #: What is to go to a queue in which it waits.
+        self._far: List[Held] = []
+        #: What the next step acknowledges, and what it refuses.
+        self._acks: List[Held] = []
+        self._refused: List[Held] = []
+        self._orphans: Dict[Key, Held] = {}
+        self._recent: Deque[Tuple[float, Key]] = deque()
+        self._doubtful: Dict[Key, float] = {}
+        self._quick = False
+        self._satisfied_mono = 0.0
+        self._heard_mono = monotonic()
+        self._timeout_told = False
+        self._closed = False
+        lasting = [queue for queue in self._queues.values() if not queue.auto_delete]
+        self.notes: Optional[amqp_notes.Notes] = amqp_notes.Notes(self._wall) if lasting else None
+        link.consumers.append(self)
+        try:
+            self._connected()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- the connection
+
+    def _connected(self) -> Channel:
+        """Return the channel; make connection and channel anew where they were lost."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._connection = self._channel = None
+        connection, channel = self._connection, self._channel
+        if connection is not None and not connection.broken and channel is not None and not channel.closed:
+            return channel
+        self._lose()
+        if connection is None or connection.broken:
+            server = self._link.server
+            timeout_s = self._link.options.connect_timeout * len(server.endpoints)
+            new = server.connect(timeout_s, name=self.node, heartbeat=True)
+            if connection is not None:
+                self._retired.append(connection)
+            self._connection = connection = new
+            self.moved = True
+            if self.notes is not None:
+                self.notes.attach(connection)
+        channel = connection.open_channel()
+        channel.on_event = self._on_event
+        self._channel = channel
+        try:
+            for queue in self._queues.values():
+                declare_queue(channel, queue, self._deadline())
+                self._link.waiting.bind(channel, queue, self._deadline())
+        except BaseException:
+            self._channel = None
+            raise
+        self._heard_mono = monotonic()
+        self.woken = True
+        return channel
+
+    def _deadline(self) -> float:
+        return monotonic() + self._link.options.socket_timeout
+
+    def _lose(self) -> None:
+        """The channel is gone, and with it everything that was not acknowledged."""
+        self._channel = None
+        self._epoch += 1
+        self._prefetch = -1
+        for held in self._unsettled.values():
+            if held.started:
+                self._orphans[held.key] = held
+            else:
+                held.state = Held.GONE
+        now_mono = monotonic()
+        for moment, key in self._recent:
+            if moment > now_mono - DOUBT_S:
+                self._doubtful[key] = now_mono
+        self._recent.clear()
+        for mapping in (self._unsettled, self._subscriptions, self._by_tag, self._ready):
+            mapping.clear()
+        self._later.clear()
+        self._far.clear()
+
+    def fileno(self) -> Optional[int]:
+        self._connected()
+        assert self._connection is not None
+        self.moved = False
+        for connection in self._retired:
+            connection.close()
+        self._retired.clear()
+        return self._connection.fileno()
+
+    def on_readable(self) -> None:
+        self._read()
+
+    def _read(self) -> None:
+        connection = self._connection
+        if connection is not None and not connection.broken and self._pid == os.getpid():
+            if connection.has_input():
+                self._heard_mono = monotonic()
+                connection.read_ready()
+
+    def changed(self) -> bool:
+        self._keep_alive()
+        return self.woken or bool(self._later and self._later[0][0] <= self._wall())
+
+    def _keep_alive(self) -> None:
+        """Read what has come, say that we live, and ask a server that is silent whether it does."""
+        self._connected()
+        self._read()
+        connection = self._connection
+        assert connection is not None
+        mono = monotonic()
+        connection.keep_alive(mono)
+        if mono - self._heard_mono >= SILENT_S:
+            connection.probe(PROBE_TIMEOUT_S)
+            self._heard_mono = monotonic()
+
+    def next_due(self) -> Optional[float]:
+        return self._later[0][0] if self._later else None
+
+    # -- what the server says
+
+    def _on_event(self, event: Any) -> None:
+        if isinstance(event, Deliver):
+            self._on_deliver(event)
+        elif isinstance(event, Cancelled):
+            subscription = self._by_tag.get(event.consumer_tag)
+            if subscription is not None:
+                name = subscription.queue.name
+                logger.warning("queue %s was deleted; it is declared again and consumed from", name)
+                if self._subscriptions.get(name) is subscription:
+                    del self._subscriptions[name]
+                self._link.declared.pop(name, None)
+                self._declare_again(name)
+        elif isinstance(event, ChannelClosed):
+            self._on_channel_closed(event)
+
+    def _declare_again(self, name: str) -> None:
+        # Not in here, a reply may be waited for: with a new channel all is declared.
+        self._channel = None
+        self.woken = True
+
+    def _on_channel_closed(self, event: ChannelClosed) -> None:
+        running = sum(held.started for held in self._unsettled.values())
+        if "timeout" in event.text:
+            if not self._timeout_told:
+                self._timeout_told = True
+                logger.warning(
+                    "RabbitMQ closed the channel of this worker because a message was not acknowledged within"
+                    " its consumer_timeout (%s). The %d tasks that run go on; their messages are taken up"
+                    " again when RabbitMQ hands them out. Raise consumer_timeout in rabbitmq.conf above the"
+                    " longest late-acked task, or another worker may get such a message and run the task as well.",
+                    event.text, running,
+                )  # fmt: skip
+        else:
+            text = "RabbitMQ closed the channel of this worker (%s %s); it is opened again"
+            logger.warning(text, event.code, event.text)
+        self._lose()
+        self.woken = True
+
+    def _on_deliver(self, event: Deliver) -> None:
+        subscription = self._by_tag.get(event.consumer_tag)
+        if subscription is None:
+            return  # of a channel that is lost
+        subscription.out += 1
+        held = self._open(event, subscription)
+        self._unsettled[event.delivery_tag] = held
+        if event.redelivered and self._came_back(held):
+            return
+        self.woken = True
+        message = held.delivery.message
+        now = self._wall()
+        due = due_at(message, now) if message.headers.get("eta") is not None else now
+        if event.redelivered and held.starts > 1:
+            # It may be what its workers died of.
+            due = max(due, now + pause_after_loss_s(held.starts, self.random.random()))
+        self._put(held, due, now)
+
+    def _put(self, held: Held, due: float, now: float) -> None:
+        """Sort in what came, by when it is due."""
+        if due <= now:
+            self._ready.setdefault(held.queue, deque()).append(held)
+        elif due - now <= self._hold_s and len(self._later) < MOST_HELD:
+            held.due = due
+            heapq.heappush(self._later, (due, held.tag, held))
+        else:
+            held.due = due
+            self._far.append(held)
+
+    def _open(self, event: Deliver, subscription: Subscription) -> Held:
+        message = from_content(event.content)
+        starts = take_starts(message.headers)
+        added = take_added(message.headers)
+        headers = message.headers
+        start = (subscription.queue.name, str(headers.get("id")), headers.get("retries") or 0)
+        delivery = Delivery(
+            message, None, subscription.queue.name, event.exchange, strip_prefix(event.routing_key)
+        )
+        held = Held(self, event.delivery_tag, self._epoch, subscription, delivery)
+        held.key = (*start, starts)
+        held.returns = redeliveries(added)
+        if event.redelivered:
+            starts += 1
+            if self.notes is not None and self.notes.starts:
+                starts += self.notes.starts.get(start, 0)
+        held.starts = delivery.deliveries = starts
+        delivery.redelivered = event.redelivered
+        delivery.tag = held
+        return held
+
+    def _came_back(self, held: Held) -> bool:
+        """Say whether a message that comes again is known here: it runs, or had ended already."""
+        orphan = self._orphans.pop(held.key, None)
+        if orphan is not None:
+            logger.info("the message of task %s came again and joins its run", held.key[1])
+            orphan.tag, orphan.epoch, orphan.subscription = held.tag, held.epoch, held.subscription
+            self._unsettled[held.tag] = orphan
+            return True
+        if self._doubtful.pop(held.key, None) is not None:
+            logger.info("the message of task %s came again after its end and is acknowledged", held.key[1])
+            held.state = Held.GONE
+            self._acknowledge([held])
+            return True
+        return False
+
+    # -- taking
+
+    def poll(self, limit: int) -> List[Delivery]:
+        link = self._link
+        link.step()
+        if limit <= 0:
+            return []
+        mono = monotonic()
+        if self._satisfied_mono:
+            self._quick = mono - self._satisfied_mono < QUICK_S
+            self._satisfied_mono = 0.0
+        self._connected()
+        self._read()
+        self.woken = False
+        if self._far:
+            self._send_far()
+        now = self._wall()
+        while self._later and self._later[0][0] <= now:
+            _, _, held = heapq.heappop(self._later)
+            self._ready.setdefault(held.queue, deque()).append(held)
+        found = self._choose(limit)
+        self._subscribe(limit - len(found), limit)
+        for held in found:
+            link.take(held)
+        return [self._told(held) for held in found]
+
+    def _choose(self, limit: int) -> List[Held]:
+        """Take what is next: the highest priority, and by turns where that is equal."""
+        found: List[Held] = []
+        queues = [waiting for waiting in self._ready.values() if waiting]
+        if len(queues) == 1:
+            (waiting,) = queues
+            while waiting and len(found) < limit:
+                found.append(waiting.popleft())
+            return found
+        while queues and len(found) < limit:
+            self._turns += 1
+            at = self._turns % len(queues)
+            waiting = max(queues[at:] + queues[:at], key=lambda one: one[0].delivery.message.priority)
+            found.append(waiting.popleft())
+            queues = [one for one in queues if one]
+        return found
+
+    def _told(self, held: Held) -> Delivery:
+        delivery = held.delivery
+        notes = self.notes
+        if notes is not None and notes.is_revoked(held.key[1]):
+            delivery.fate = delivery.fate or "revoked"
+        elif delivery.fate == "revoked":
+            delivery.fate = None
+        if delivery.fate is None and self.delivery_limit and delivery.deliveries >= self.delivery_limit:
+            delivery.fate = "lost"
+        return delivery
+
+    def _subscribe(self, wanted: int, limit: int) -> None:
+        """Be a consumer for as many messages as are wanted, or for none."""
+        orphans = len(self._orphans)
+        if wanted <= 0 and not orphans:
+            self._satisfied_mono = monotonic()
+            if not self._quick:
+                self._unsubscribe()
+            return
+        window = max(wanted, 0) + orphans
+        if self._quick or self._far:
+            window = min(max(LEAST_AHEAD, 4 * limit), MOST_AHEAD) + orphans
+        channel = self._connected()
+        for queue in self._queues.values():
+            known = self._subscriptions.get(queue.name)
+            if known is None or known.window - known.out < max(wanted, 0) + orphans:
+                self._consume(channel, queue, window)
+
+    def _consume(self, channel: Channel, queue: Queue, window: int) -> None:
+        """Subscribe, in the place of an older subscription."""
+        old = self._subscriptions.pop(queue.name, None)
+        if old is not None:
+            channel.send("basic.cancel", consumer_tag=old.tag, nowait=True)
+        try:
+            if self._prefetch != window:
+                channel.call("basic.qos", prefetch_count=window)
+                self._prefetch = window
+            self._made += 1
+            new = Subscription(queue, f"{self._made}", window)
+            self._subscriptions[queue.name] = self._by_tag[new.tag] = new
+            channel.send(
+                "basic.consume",
+                queue=queue.name,
+                consumer_tag=new.tag,
+                arguments=dict(queue.consumer_arguments or {}),
+                nowait=True,
+            )
+        except ChannelError as error:
+            raise refused(error, f"queue {queue.name!r}") from error
+        if len(self._by_tag) > 1000:
+            self._by_tag = {tag: one for tag, one in self._by_tag.items() if one.out or one is new}
+        self._flush()
+
+    def _unsubscribe(self) -> None:
+        channel = self._channel
+        if self._subscriptions and channel is not None:
+            for subscription in self._subscriptions.values():
+                channel.send("basic.cancel", consumer_tag=subscription.tag, nowait=True)
+            self._subscriptions.clear()
+
+    def _send_far(self) -> None:
+        """Let what is not due for long wait in the server."""
+        far, self._far = self._far, []
+        try:
+            self._link.send_now(
+                [self._link.copy_until(held.delivery, held.due, held.key[3]) for held in far]
+            )
+        except OperationalError as error:
+            self._far = far + self._far
+            logger.warning("%d messages that are not due yet cannot be put off: %s", len(far), error)
+            return
+        for held in far:
+            held.state = Held.GONE
+        self._acknowledge(far)
+
+    # -- settling
+
+    def start(self, deliveries: Sequence[Delivery]) -> None:
+        gone = [d for d in deliveries if d.tag.state != Held.HERE or d.tag.epoch != self._epoch]
+        if gone:
+            raise NotOurs(gone)
+        marks = []
+        for delivery in deliveries:
+            held: Held = delivery.tag
+            held.started = True
+            held.starts += 1
+            if delivery.early:
+                held.acked = True
+                self._acks.append(held)
+            elif delivery.redelivered:
+                marks.append(held.key[:3])
+        if marks and self.notes is not None and self.notes.enabled:
+            self._link.note(amqp_notes.started(marks))
+        self._link.step_if_alone()
+
+    def ack(self, delivery: Delivery) -> bool:
+        held: Held = delivery.tag
+        if held.state != Held.HERE:
+            return held.doubted
+        self._end(held)
+        return True
+
+    def _end(self, held: Held) -> None:
+        """Acknowledge at the next step, if that is not done."""
+        held.state = Held.ENDING
+        if not held.acked:
+            self._acks.append(held)
+        self._link.touch(held)
+
+    def reject(self, delivery: Delivery, requeue: bool, reason: str = "rejected") -> bool:
+        held: Held = delivery.tag
+        if held.state != Held.HERE:
+            return held.doubted
+        if requeue:
+            starts = min(held.starts, max(self.delivery_limit - 1, 0)) if self.delivery_limit else held.starts
+            self._link.publish_copies([self._link.copy(delivery, starts)])
+            self._end(held)
+            return True
+        arguments = held.subscription.queue.queue_arguments or {}
+        if "x-dead-letter-exchange" in arguments and not held.acked and held.epoch == self._epoch:
+            # Whoever declared the queue so wants to have it there.
+            held.state = Held.ENDING
+            self._refused.append(held)
+            self._link.touch(held)
+            return True
+        return self.dead_letter(delivery, reason)
+
+    def release(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in reversed(deliveries):
+            held: Held = delivery.tag
+            if held.state != Held.HERE:
+                continue
+            if held.started:
+                held.started = False
+                held.starts -= 1
+            if held.acked:
+                self._link.publish_copies([self._link.copy(delivery, held.starts)])
+                self._end(held)
+            elif held.epoch == self._epoch:
+                delivery.deliveries = held.starts
+                self._ready.setdefault(held.queue, deque()).appendleft(held)
+                self._satisfied_mono = self._satisfied_mono or monotonic()
+                self.woken = True
+            else:
+                self._forget_orphan(held)
+
+    def defer(self, delivery: Delivery, until: float) -> bool:
+        held: Held = delivery.tag
+        if held.state != Held.HERE:
+            return held.doubted
+        now = self._wall()
+        if held.acked or until - now > self._hold_s or len(self._later) >= MOST_HELD:
+            self._link.publish_copies([self._link.copy_until(delivery, until, held.starts)])
+            self._end(held)
+        elif held.epoch != self._epoch:
+            self._forget_orphan(held)
+        else:
+            held.started = False
+            delivery.deliveries = held.starts
+            self._put(held, until, now)
+            self.woken = self.woken or until <= now
+        return True
+
+    def dead_letter(self, delivery: Delivery, reason: str) -> bool:
+        held: Held = delivery.tag
+        if held.state != Held.HERE:
+            return held.doubted
+        self._link.publish_dead(delivery, reason, held.starts)
+        self._end(held)
+        return True
+
+    def _forget_orphan(self, held: Held) -> None:
+        """The server has it back already."""
+        held.state = Held.GONE
+        self._orphans.pop(held.key, None)
+
+    # -- steps of the transport
+
+    def settle(self) -> None:
+        """Tell the server what has ended or started early, in one write."""
+        if self._acks:
+            acks, self._acks = self._acks, []
+            self._acknowledge(acks)
+        if self._refused:
+            refused_ones, self._refused = self._refused, []
+            for held in refused_ones:
+                if self._is_open(held) and self._channel is not None:
+                    self._channel.reject(held.tag, False)
+        self._flush()
+
+    def _is_open(self, held: Held) -> bool:
+        """Take it off what is not acknowledged; say whether it was there."""
+        if held.epoch != self._epoch or self._unsettled.pop(held.tag, None) is None:
+            return False
+        held.subscription.out -= 1
+        return True
+
+    def _acknowledge(self, helds: List[Held]) -> None:
+        """Acknowledge with the next write.
+
+        Should the server not get that, and hand them out here again, they are known.
+        """
+        now_mono = monotonic()
+        tags = []
+        for held in helds:
+            if self._is_open(held):
+                tags.append(held.tag)
+                self._recent.append((now_mono, held.key))
+            elif held.state != Held.HERE:
+                # Of a run that its channel did not outlive.
+                self._orphans.pop(held.key, None)
+                self._doubtful[held.key] = now_mono
+        recent = self._recent
+        while recent and (recent[0][0] < now_mono - DOUBT_S or len(recent) > MOST_DOUBTED):
+            recent.popleft()
+        channel = self._channel
+        if not tags or channel is None:
+            return
+        tags.sort()
+        # All before the first one that stays, in one.
+        first_open = next(iter(self._unsettled), None)
+        before = tags if first_open is None else [tag for tag in tags if tag < first_open]
+        if len(before) > 1:
+            channel.ack(before[-1], True)
+            tags = tags[len(before) :]
+        for tag in tags:
+            channel.ack(tag, False)
+
+    def _flush(self) -> None:
+        if self._connection is not None and not self._connection.broken:
+            self._connection.flush()
+
+    def undo(self) -> None:
+        """The transaction failed: nothing is told to the server that was not told yet."""
+        for held in self._acks:
+            if held.state == Held.HERE:
+                held.acked = False
+        self._acks.clear()
+        self._refused.clear()
+
+    def put_back(self, held: Held) -> None:
+        """Nobody will hear that it was taken."""
+        if held.state != Held.HERE or held.epoch != self._epoch:
+            return
+        if held.acked:
+            # The line broke when that was told: it will come again, and then it is to run.
+            self._recent = deque(one for one in self._recent if one[1] != held.key)
+            held.state = Held.GONE
+            return
+        held.started = False
+        held.starts = held.delivery.deliveries
+        self._ready.setdefault(held.queue, deque()).appendleft(held)
+        self.woken = True
+
+    # -- upkeep
+
+    def housekeep(self) -> None:
+        self._keep_alive()
+        mono = monotonic()
+        if self._satisfied_mono and mono - self._satisfied_mono > LINGER_S:
+            self._quick = False
+            self._unsubscribe()
+            self._give_back_ahead()
+        if self._orphans:
+            self._subscribe(0, 1)
+        if self._far:
+            self._send_far()
+        for key in [key for key, since in self._doubtful.items() if mono - since > 3600.0]:
+            del self._doubtful[key]
+        while len(self._doubtful) > MOST_DOUBTED:
+            del self._doubtful[next(iter(self._doubtful))]
+        self._flush()
+
+    def _give_back_ahead(self) -> None:
+        """Let others have what came ahead and is not wanted."""
+        for waiting in self._ready.values():
+            self._give_back(waiting)
+
+    def _give_back(self, waiting: Deque[Held]) -> None:
+        """Give back to their places, the last one first."""
+        while waiting:
+            held = waiting.pop()
+            held.state = Held.GONE
+            if self._is_open(held) and self._channel is not None:
+                self._channel.nack(held.tag, False, True)
+
+    # -- queues
+
+    @property
+    def queue_names(self) -> List[str]:
+        """The queues this consumer takes from."""
+        return list(self._queues)
+
+    def add_queue(self, queue: Queue) -> None:
+        channel = self._connected()
+        declare_queue(channel, queue, self._deadline())
+        self._link.waiting.bind(channel, queue, self._deadline())
+        self._queues[queue.name] = queue
+        self.woken = True
+
+    def cancel_queue(self, name: str) -> None:
+        if self._queues.pop(name, None) is None:
+            return
+        subscription = self._subscriptions.pop(name, None)
+        channel = self._channel
+        if subscription is not None and channel is not None:
+            channel.send("basic.cancel", consumer_tag=subscription.tag, nowait=True)
+        self._give_back(self._ready.pop(name, deque()))
+        self._flush()
+
+    def drop_connection(self) -> None:
+        """Let the line break, as when the process dies."""
+        if self._connection is not None:
+            self._connection.break_off("it was dropped")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._link.consumers.remove(self)
+        for connection in self._retired:
+            connection.close()
+        if self._connection is not None and self._pid == os.getpid():
+            self._connection.close()
+        for held in self._unsettled.values():
+            held.state = Held.GONE
+        self._unsettled.clear()
+        self._channel = None

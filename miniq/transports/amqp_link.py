@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: MIT
+"""A thread's link to a RabbitMQ server: what is declared there, the open transaction, what is published.
+
+A transport and its consumers share one.  A step publishes and confirms first what was collected, and
+then lets every consumer acknowledge what has ended; see `amqp` for why in this order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
+
+from ..connections.amqp import Channel, ChannelError, Options, Refusal, Server
+from ..exceptions import ImproperlyConfigured, OperationalError
+from ..message import Delivery, Message
+from ..routing import Exchange, Queue
+from . import amqp_notes
+from .amqp_delay import ENTRANCE
+from .amqp_message import to_content
+from .amqp_topology import CELERYS_OWN, declare_exchange, declare_queue, exchanges_of, left_until, refused
+from .amqp_waiting import Waiting
+from .base import what_is_unroutable
+
+logger = logging.getLogger(__name__)
+
+#: Where messages are set aside, and the header that says why.
+DEAD, DEAD_HEADER = "_miniq.dead", "x-miniq-dead"
+
+#: What a channel publishes: exchange, routing key, properties, headers, body, mandatory.
+Item = Tuple[str, str, Dict[str, Any], Dict[str, Any], bytes, bool]
+#: What tells a message from others: queue, task id, retries, counted starts.
+Key = Tuple[str, Any, Any, int]
+
+
+class Held:
+    """A message this consumer holds; the `tag` of its delivery."""
+
+    __slots__ = (
+        "consumer", "tag", "epoch", "subscription", "queue", "delivery", "key", "starts", "state", "started",
+        "acked", "doubted", "due", "returns",
+    )  # fmt: skip
+
+    HERE, ENDING, GONE = range(3)
+
+    def __init__(
+        self,
+        consumer: "Settling",
+        tag: int,
+        epoch: int,
+        subscription: "Subscription",
+        delivery: Delivery,
+    ) -> None:
+        self.consumer = consumer
+        self.tag = tag
+        #: The channel its tag belongs to.
+        self.epoch = epoch
+        self.subscription = subscription
+        self.queue = subscription.queue.name
+        self.delivery = delivery
+        self.key: Key = ("", "", 0, 0)
+        #: How often it was started, as far as is known; the start here included.
+        self.starts = 0
+        self.state = Held.HERE
+        self.started = False
+        #: It was acknowledged at its start.
+        self.acked = False
+        #: Its end was told to the server in a step whose transaction failed.
+        self.doubted = False
+        self.due = 0.0
+        #: How often a quorum queue says that it came back.
+        self.returns = 0
+
+
+class Subscription:
+    """A consumer as the server knows it: at most `window` messages of it are out."""
+
+    __slots__ = ("queue", "tag", "window", "out")
+
+    def __init__(self, queue: Queue, tag: str, window: int) -> None:
+        self.queue = queue
+        self.tag = tag
+        self.window = window
+        self.out = 0
+
+
+class Settling(Protocol):
+    """A consumer, as its link sees it."""
+
+    notes: Optional[amqp_notes.Notes]
+
+    def settle(self) -> None:
+        """Tell the server what has ended or started early."""
+
+    def undo(self) -> None:
+        """The transaction failed: what was not told yet is not to be told."""
+
+    def put_back(self, held: "Held") -> None:
+        """It was taken in a transaction that failed."""
+
+    def close(self) -> None:
+        """Give everything unfinished back."""
+
+
+class Step:
+    """What an open transaction has collected since it was last done."""
+
+    def __init__(self) -> None:
+        self.items: List[Tuple[Message, Item]] = []
+        self.timeout_s = 0.0
+        #: The messages among them that a caller published, not a consumer.
+        self.own: List[Message] = []
+        #: (task ids, until when) that are noted as revoked.
+        self.revoked: List[Tuple[List[str], float]] = []
+        self.touched: List[Held] = []
+        #: What is done already, and what was taken, in this transaction.
+        self.done: List[Held] = []
+        self.sent: List[Message] = []
+        self.taken: List[Held] = []
+
+
+class Link:
+    """One thread's way to a RabbitMQ server, for a transport and its consumers."""
+
+    def __init__(self, url: str, options: Options, wall: Callable[[], float]) -> None:
+        self.options = options
+        self.wall = wall
+        self.consumers: List[Settling] = []
+        #: What was declared here, by name.
+        self.declared: Dict[str, Queue] = {}
+        self.exchanges: Dict[str, Exchange] = {}
+        self.waiting = Waiting(options.hold, options.delayed_queue_type)
+        self.open_step: Optional[Step] = None
+        #: Messages the server has, of transactions that failed after that: they are not sent again.
+        self.sent_before: Dict[int, Message] = {}
+        self._url = url
+        self._server: Optional[Server] = None
+        self._pid = 0
+        self._has_dead = self._has_notes = False
+
+    @property
+    def server(self) -> Server:
+        """The server, this process' way to it."""
+        if self._server is None or self._pid != os.getpid():
+            self._server = Server.of(self._url, self.options)
+            self._pid = os.getpid()
+        return self._server
+
+    @contextmanager
+    def channel(self, timeout_s: Optional[float] = None) -> Iterator[Channel]:
+        """Give a channel for some calls."""
+        with self.server.borrow(timeout_s or self.options.socket_timeout) as connection:
+            channel = connection.open_channel()
+            try:
+                yield channel
+            finally:
+                channel.close()
+
+    # -- declare
+
+    def declare_on(self, channel: Channel, queue: Queue, deadline_mono: float) -> None:
+        """Declare a queue; one that is exclusive belongs to the connection of who consumes from it."""
+        if queue.exclusive:
+            for exchange in exchanges_of(queue).values():
+                declare_exchange(channel, exchange, deadline_mono)
+        else:
+            declare_queue(channel, queue, deadline_mono)
+        self.exchanges.update(exchanges_of(queue))
+        if not queue.auto_delete and queue.expires is None:
+            self.declared[queue.name] = queue
+
+    def way(self, queue: str, left_s: float, deadline_mono: float) -> Tuple[str, str]:
+        """Return exchange and routing key for a message to a queue which is due in `left_s`."""
+        known = self.declared.get(queue)
+        found = self.waiting.known_way(known, queue, left_s)
+        if found is None:
+            with self.channel(left_until(deadline_mono)) as channel:
+                found = self.waiting.way(channel, known, queue, left_s, deadline_mono)
+        return found
+
+    # -- publish
+
+    def hand_over(self, items: List[Tuple[Message, Item]], timeout_s: float) -> None:
+        """Send now, or with the open transaction."""
+        step = self.open_step
+        if step is None:
+            self.send(items, timeout_s)
+        else:
+            step.items += items
+            step.timeout_s = max(step.timeout_s, timeout_s)
+
+    def send(
+        self,
+        items: Sequence[Tuple[Message, Item]],
+        timeout_s: float,
+        again: bool = False,
+        accepted: Optional[List[Message]] = None,
+    ) -> None:
+        """Publish now; what reaches no queue because one was deleted is sent `again` to it, once.
+
+        When it raises, `accepted` holds the messages which the server is known to have.
+        """
+        deadline_mono = monotonic() + timeout_s
+        try:
+            with self.server.borrow(timeout_s) as connection:
+                channel = connection.publisher(left_until(deadline_mono))
+                refusals = channel.publish([item for _, item in items], left_until(deadline_mono))
+        except ChannelError as error:
+            if error.code == 404 and not again and self._declare_exchanges(items, deadline_mono):
+                self.send(items, left_until(deadline_mono), True, accepted)
+                return
+            raise refused(error, "publishing") from error
+        bad = [(one, refusal) for one, refusal in zip(items, refusals) if refusal is not None]
+        if bad:
+            if accepted is not None:
+                accepted += [one[0] for one, refusal in zip(items, refusals) if refusal is None]
+            self._mend(bad, len(items), deadline_mono, again)
+
+    def _declare_exchanges(self, items: Sequence[Tuple[Message, Item]], deadline_mono: float) -> bool:
+        """Declare the exchanges which are known here and may be missing there; say whether any is."""
+        known = {**CELERYS_OWN, **self.exchanges}
+        names = {item[0] for _, item in items}
+        found = [known[name] for name in names if name in known]
+        if found:
+            with self.channel(left_until(deadline_mono)) as channel:
+                for exchange in found:
+                    declare_exchange(channel, exchange, deadline_mono)
+        if any(name.startswith(("_miniq.", "celery_delayed")) for name in names):
+            self.waiting.forget()
+        return bool(found)
+
+    def _mend(
+        self,
+        bad: List[Tuple[Tuple[Message, Item], Refusal]],
+        count: int,
+        deadline_mono: float,
+        again: bool,
+    ) -> None:
+        """Send again what reached no queue because one was deleted; raise for the others."""
+        missing: List[Tuple[Message, Item]] = []
+        for one, refusal in bad:
+            exchange, routing_key = one[1][:2]
+            if refusal.kind != "returned":
+                raise OperationalError(
+                    f"{self.server.url}: the server refused {len(bad)} of {count} messages"
+                    f" (to exchange {exchange!r} with key {routing_key!r}):"
+                    f" {refusal.text or 'a queue is full'}"
+                )
+            if not exchange and routing_key in self.declared and not again:
+                missing.append(one)
+                continue
+            if exchange == ENTRANCE or exchange.startswith("_miniq."):
+                self.waiting.forget()
+                raise OperationalError(f"the queues in which messages wait to be due are gone: {exchange!r}")
+            kind = self.exchanges[exchange].type if exchange in self.exchanges else "direct"
+            if not exchange:
+                raise ImproperlyConfigured(
+                    f"there is no queue {routing_key!r} on the server: the task would be lost; declare it,"
+                    " as a worker does which consumes from it"
+                )
+            text = what_is_unroutable({kind}, exchange, routing_key)
+            if text is not None:
+                raise ImproperlyConfigured(text)
+            logger.warning("nobody is bound to exchange %r: the task sent there is dropped", exchange)
+        if missing:
+            with self.channel(left_until(deadline_mono)) as channel:
+                for name in {item[1] for _, item in missing}:
+                    logger.warning("queue %s was deleted; it is declared again", name)
+                    self.declare_on(channel, self.declared[name], deadline_mono)
+            self.send(missing, left_until(deadline_mono), again=True)
+
+    # -- what consumers send
+
+    def copy(self, delivery: Delivery, starts: int) -> Tuple[Message, Item]:
+        """Return a copy of a message for the end of its queue."""
+        return self._copy(delivery, starts, "", delivery.queue)
+
+    def copy_until(self, delivery: Delivery, until: float, starts: int) -> Tuple[Message, Item]:
+        """Return a copy of a message that waits in the server."""
+        left_s = until - self.wall()
+        if left_s <= 0:
+            return self.copy(delivery, starts)
+        way = self.way(delivery.queue, left_s, monotonic() + self.options.socket_timeout)
+        return self._copy(delivery, starts, *way)
+
+    def _copy(self, delivery: Delivery, starts: int, exchange: str, key: str) -> Tuple[Message, Item]:
+        properties, headers = to_content(delivery.message, starts)
+        return delivery.message, (exchange, key, properties, headers, delivery.message.body, True)
+
+    def publish_copies(self, copies: List[Tuple[Message, Item]]) -> None:
+        """Publish what takes the place of deliveries; in a transaction, with it."""
+        self.hand_over(copies, self.options.socket_timeout)
+
+    def send_now(self, copies: List[Tuple[Message, Item]]) -> None:
+        """Publish at once, whatever is open."""
+        self.send(copies, self.options.socket_timeout)
+
+    def publish_dead(self, delivery: Delivery, reason: str, starts: int) -> None:
+        """Set a message aside."""
+        if not self._has_dead:
+            with self.channel() as channel:
+                self.declare_dead(channel)
+            self._has_dead = True
+        message, (_, _, properties, headers, body, _) = self._copy(delivery, starts, "", DEAD)
+        told = {
+            "id": os.urandom(8).hex(), "queue": delivery.queue, "reason": reason, "at": self.wall(),
+        }  # fmt: skip
+        headers = {**headers, DEAD_HEADER: told}
+        # It stays until somebody looks at it.
+        properties.pop("expiration", None)
+        self.hand_over([(message, ("", DEAD, properties, headers, body, True))], self.options.socket_timeout)
+
+    def declare_dead(self, channel: Channel) -> None:
+        """Create the queue of what was set aside, or find it."""
+        channel.call("queue.declare", queue=DEAD, durable=True)
+
+    def tell_revoked(self, task_ids: List[str], until: float) -> None:
+        """Let the consumers here know what is noted, at once."""
+        for consumer in self.consumers:
+            if consumer.notes is not None:
+                consumer.notes.revoke(task_ids, until)
+
+    def note(self, body: bytes) -> None:
+        """Write into the notes."""
+        if not self._has_notes:
+            with self.channel() as channel:
+                try:
+                    amqp_notes.declare_stream(channel)
+                except ChannelError as error:
+                    raise refused(error, "the notes of workers") from error
+            self._has_notes = True
+        message = Message(body, "application/json", "utf-8", {}, {"delivery_mode": 2})
+        item = ("", amqp_notes.STREAM, *to_content(message), body, False)
+        self.hand_over([(message, item)], self.options.socket_timeout)
+
+    # -- transactions
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Collect what is called; do it at the next poll and at the end."""
+        if self.open_step is not None:
+            yield
+            return
+        step = self.open_step = Step()
+        try:
+            yield
+            self.step()
+        except BaseException:
+            self._undo(step)
+            raise
+        finally:
+            self.open_step = None
+        for held in step.done:
+            held.doubted = False
+
+    def step(self) -> None:
+        """Do what was collected: first what is published, then what is acknowledged."""
+        step = self.open_step
+        if step is not None:
+            if step.items:
+                accepted: List[Message] = []
+                try:
+                    self.send(step.items, step.timeout_s, accepted=accepted)
+                except BaseException:
+                    known = set(map(id, accepted))
+                    step.sent += [message for message in step.own if id(message) in known]
+                    raise
+                step.items = []
+            step.sent += step.own
+            step.own = []
+            for task_ids, until in step.revoked:
+                self.tell_revoked(task_ids, until)
+            step.revoked = []
+        for consumer in self.consumers:
+            consumer.settle()
+        if step is not None:
+            for held in step.touched:
+                if held.state == Held.ENDING:
+                    held.state = Held.GONE
+                    # Whoever waits for the end of the transaction does not know that yet.
+                    held.doubted = True
+            step.done += step.touched
+            step.touched = []
+
+    def _undo(self, step: Step) -> None:
+        for consumer in self.consumers:
+            consumer.undo()
+        for held in step.touched:
+            if held.state == Held.ENDING:
+                held.state = Held.HERE
+        for message in step.sent:
+            self.sent_before[id(message)] = message
+        while len(self.sent_before) > 10_000:
+            del self.sent_before[next(iter(self.sent_before))]
+        for held in reversed(step.taken):
+            held.consumer.put_back(held)
+
+    def touch(self, held: Held) -> None:
+        """A consumer ends a message: with the open transaction, or now."""
+        if self.open_step is not None:
+            self.open_step.touched.append(held)
+        else:
+            self.step()
+            held.state = Held.GONE
+
+    def step_if_alone(self) -> None:
+        """Do what a consumer has called, unless a transaction collects it."""
+        if self.open_step is None:
+            self.step()
+
+    def take(self, held: Held) -> None:
+        """A consumer hands a message out; it takes it back if the transaction fails."""
+        if self.open_step is not None:
+            self.open_step.taken.append(held)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""What the workers of a RabbitMQ server tell each other and their successors: a log in a stream queue.
+
+RabbitMQ keeps messages in queues, and has no place for a value under a name.  A stream keeps what is
+written, for a day or so, and every reader may begin at its first entry.  Two things are noted:
+
+    {"revoked": [task id, ...], "until": epoch seconds}      these tasks are not to start
+    {"started": [queue, task id, retries]}                   a message that had come back was started
+
+The second is the count of starts that a classic queue does not keep: it says only that a message was
+handed out before.  So a message that kills its worker again and again is found, and one that was only
+waiting in a worker that was stopped is not taken for it.
+
+Where streams are not to be had (before RabbitMQ 3.9, or by permissions), there are no notes: a
+revocation reaches the workers that run, and nothing counts what whole workers died of.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from time import monotonic
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from ..codecs.amqp import ChannelClosed, Deliver
+from ..connections.amqp import Channel, ChannelError, Connection
+
+logger = logging.getLogger(__name__)
+
+STREAM = "_miniq.notes"
+ARGUMENTS = {
+    "x-queue-type": "stream",
+    "x-max-age": "1D",
+    "x-max-length-bytes": 20_000_000,
+    "x-stream-max-segment-size-bytes": 1_000_000,
+}
+#: Entries read ahead of their acknowledgement.
+WINDOW = 200
+#: How much of each kind is remembered; the oldest go first.
+MOST_REMEMBERED = 50_000
+#: Seconds to read what was noted before.
+READ_TIMEOUT_S = 10.0
+
+#: What a start is counted by: queue, task id, retries.
+Start = Tuple[str, str, int]
+
+
+def declare_stream(channel: Channel, timeout_s: Optional[float] = None) -> None:
+    """Create the stream, or find it; `ChannelError` where the server has no such thing."""
+    channel.call("queue.declare", timeout_s=timeout_s, queue=STREAM, durable=True, arguments=ARGUMENTS)
+
+
+def revocation(task_ids: List[str], until: float) -> bytes:
+    """Return the note that revokes tasks."""
+    return json.dumps({"revoked": task_ids, "until": until}).encode()
+
+
+def started(starts: List[Start]) -> bytes:
+    """Return the note of starts."""
+    return json.dumps({"started": starts}).encode()
+
+
+class Notes:
+    """The reader of one consumer."""
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        #: Task id -> until when it is revoked (epoch seconds).
+        self.revoked: Dict[str, float] = {}
+        #: How often a message was started after it had come back.
+        self.starts: Dict[Start, int] = {}
+        self.enabled = True
+        self._wall = wall
+        self._channel: Optional[Channel] = None
+        self._next_offset = 0
+        self._mark = ""
+        self._marked = False
+
+    def attach(self, connection: Connection) -> None:
+        """Begin to read on a new connection, from where the last one ended; the first time, read all."""
+        self._channel = None
+        if not self.enabled:
+            return
+        try:
+            channel = connection.open_channel()
+            declare_stream(channel)
+            channel.call("basic.qos", prefetch_count=WINDOW)
+            channel.on_event = self._on_event
+            channel.call(
+                "basic.consume",
+                queue=STREAM,
+                consumer_tag="notes",
+                arguments={"x-stream-offset": self._next_offset or "first"},
+            )
+        except ChannelError as error:
+            self.enabled = False
+            logger.info(
+                "%s: no stream queue %r (%s): revocations are kept by running workers only, and deliveries"
+                " to workers that died are not counted", connection.url, STREAM, error.text,
+            )  # fmt: skip
+            return
+        self._channel = channel
+        if not self._marked:
+            self._read_all(connection, channel)
+
+    def _read_all(self, connection: Connection, channel: Channel) -> None:
+        """Wait until all is read that was there before: a note of our own ends it."""
+        self._mark = os.urandom(8).hex()
+        body = json.dumps({"mark": self._mark}).encode()
+        channel.publish([("", STREAM, {"delivery_mode": 2}, {}, body, False)], READ_TIMEOUT_S)
+        connection.wait(
+            lambda: self._marked or self._channel is None, monotonic() + READ_TIMEOUT_S, "reading the notes"
+        )
+
+    def _on_event(self, event: Any) -> None:
+        if isinstance(event, Deliver):
+            channel = self._channel
+            self._next_offset = event.content.headers.get("x-stream-offset", self._next_offset) + 1
+            self._take(event.content.body)
+            if channel is not None:
+                channel.ack(event.delivery_tag, True)
+        elif isinstance(event, ChannelClosed):
+            logger.warning("the notes of other workers cannot be read any more: %s", event.text)
+            self._channel = None
+
+    def _take(self, body: bytes) -> None:
+        try:
+            note = json.loads(body)
+            if "mark" in note:
+                self._marked = self._marked or note["mark"] == self._mark
+            elif "revoked" in note:
+                self.revoke(note["revoked"], float(note["until"]))
+            elif "started" in note:
+                for queue, task_id, retries in note["started"]:
+                    self.count((queue, task_id, retries))
+        except (ValueError, TypeError, KeyError) as error:
+            logger.debug("a note that cannot be read is skipped: %s", error)
+
+    def revoke(self, task_ids: List[str], until: float) -> None:
+        """Remember a revocation; a longer one stays."""
+        if until <= self._wall():
+            return
+        for task_id in task_ids:
+            self.revoked[task_id] = max(until, self.revoked.get(task_id, until))
+        _forget_oldest(self.revoked)
+
+    def count(self, start: Start) -> None:
+        """Count a start."""
+        self.starts[start] = self.starts.pop(start, 0) + 1
+        _forget_oldest(self.starts)
+
+    def is_revoked(self, task_id: Any) -> bool:
+        """Say whether a task is not to start."""
+        until = self.revoked.get(task_id)
+        if until is None:
+            return False
+        if until <= self._wall():
+            del self.revoked[task_id]
+            return False
+        return True
+
+
+def _forget_oldest(found: Dict[Any, Any]) -> None:
+    while len(found) > MOST_REMEMBERED:
+        del found[next(iter(found))]
