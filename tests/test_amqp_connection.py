@@ -87,8 +87,17 @@ def declare(channel: Channel, queue: str = "q", **arguments: Any) -> str:
     return queue
 
 
+def vhost_of(url: str) -> str:
+    return endpoints(url, Options())[0].virtual_host
+
+
 def count(channel: Channel, queue: str = "q") -> int:
     return int(channel.call("queue.declare", queue=queue, passive=True)["message_count"])
+
+
+def named(server: RabbitServer) -> Dict[str, Dict[str, Any]]:
+    """Return the server's connections by the names that they were given."""
+    return {row["client_properties"].get("connection_name", ""): row for row in server.connections()}
 
 
 # -- URLs and options ----------------------------------------------------------------------------
@@ -111,9 +120,7 @@ def count(channel: Channel, queue: str = "q") -> int:
         ("amqp://h/v?ssl=true", ("h", 5671), "v", "guest", "guest", True),
     ],
 )
-def test_url_is_read(
-    url: str, address: Any, vhost: str, username: str, password: str, tls: bool
-) -> None:
+def test_url_is_read(url: str, address: Any, vhost: str, username: str, password: str, tls: bool) -> None:
     (found,) = endpoints(url, Options.read({}, url))
     read = (found.address, found.virtual_host, found.username, found.password, found.tls)
     assert read == (address, vhost, username, password, tls)
@@ -149,7 +156,8 @@ def test_several_urls_are_several_servers() -> None:
 def test_options_come_from_the_dict_and_the_query_which_wins() -> None:
     url = "amqps://h?heartbeat=7&connection_timeout=3&ssl_cert_reqs=CERT_NONE&confirm_publish=no"
     options = Options.read(
-        {"read_timeout": 9, "connect_timeout": 1, "client_name": None, "login_method": "amqplain", "hold": 0}, url
+        {"read_timeout": 9, "connect_timeout": 1, "client_name": None, "login_method": "amqplain", "hold": 0},
+        url,
     )
     assert (options.socket_timeout, options.connect_timeout, options.heartbeat) == (9.0, 3.0, 7)
     assert (options.login_method, options.client_name, options.hold) == ("AMQPLAIN", "", 0.0)
@@ -216,7 +224,9 @@ def test_calls_give_the_arguments_of_their_answers(rabbit_url: str, connect: Any
     assert count(channel) == 0
 
 
-def test_channel_that_the_server_closes_is_the_end_of_that_channel_only(rabbit_url: str, connect: Any) -> None:
+def test_channel_that_the_server_closes_is_the_end_of_that_channel_only(
+    rabbit_url: str, connect: Any
+) -> None:
     rabbit = connect(rabbit_url)
     one, two = rabbit.open_channel(), rabbit.open_channel()
     events: List[Any] = []
@@ -256,10 +266,14 @@ def test_reasons_of_the_server_say_who_must_act(rabbit_url: str, connect: Any) -
     assert isinstance(raised.value.translated(), OperationalError)
 
 
-def test_missing_permission_is_told_with_its_channel(rabbit_server: RabbitServer, rabbit_url: str, connect: Any) -> None:
-    vhost = endpoints(rabbit_url, Options())[0].virtual_host
+def test_missing_permission_is_told_with_its_channel(
+    rabbit_server: RabbitServer, rabbit_url: str, connect: Any
+) -> None:
+    vhost = vhost_of(rabbit_url)
     rabbit_server.add_user("reader " + vhost, "s3cret")
-    with pytest.raises(ImproperlyConfigured, match=f"virtual host '{vhost}'.*530 NOT_ALLOWED.*path of the URL"):
+    with pytest.raises(
+        ImproperlyConfigured, match=f"virtual host '{vhost}'.*530 NOT_ALLOWED.*path of the URL"
+    ):
         connect(rabbit_server.url(vhost, "reader " + vhost, "s3cret"))
     rabbit_server.set_permissions("reader " + vhost, vhost, configure="^$", write="^$")
     rabbit = connect(rabbit_server.url(vhost, "reader " + vhost, "s3cret"))
@@ -353,7 +367,7 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_sent(rabbit_url: s
     channel = connect(rabbit_url).publisher()
     declare(channel)
     bad = item("q" * 300)
-    worse = item("q")[:3] + ({"object": object()}, b"", True)
+    worse = ("", "q", {}, {"object": object()}, b"", True)
     for items in ([bad], [worse], [item("q"), bad], [item("q"), worse]):
         with pytest.raises((ValueError, TypeError)):
             channel.publish(items, 10)
@@ -391,7 +405,8 @@ def test_without_confirms_the_next_publish_tells_what_went_wrong(rabbit_url: str
     with pytest.raises(ChannelError, match="basic.publish: 404"):
         rabbit.publisher()
     assert rabbit.publisher().publish([item("q")], 10) == [None]
-    assert count(rabbit.publisher()) == 1002
+    # The question overtakes messages that the queue has not looked at.
+    wait_until(lambda: count(rabbit.publisher()) == 1002, what="all messages")
 
 
 def test_without_confirms_returned_messages_go_to_on_event_or_to_the_log(
@@ -424,7 +439,9 @@ def test_deliveries_come_as_events_and_acks_travel_with_the_next_flush(rabbit_ur
     assert other.publisher().publish([item("q", b"%d" % number) for number in range(6)], 10) == [None] * 6
     rabbit.wait(lambda: len(events) == 4, time.monotonic() + 10, "four")
     assert [event.content.body for event in events] == [b"0", b"1", b"2", b"3"]
-    assert {(type(event), event.consumer_tag, event.redelivered) for event in events} == {(Deliver, tag, False)}
+    assert {(type(event), event.consumer_tag, event.redelivered) for event in events} == {
+        (Deliver, tag, False)
+    }
     channel.ack(events[1].delivery_tag, multiple=True)
     channel.nack(events[2].delivery_tag)
     channel.reject(events[3].delivery_tag, requeue=False)
@@ -446,25 +463,29 @@ def test_whoever_gets_an_event_may_use_the_connection(rabbit_url: str, connect: 
     declare(channel)
     declare(channel, "seen")
     bodies: List[bytes] = []
+    depth: List[int] = []
 
     def consume(event: Any) -> None:
+        assert not depth, "called while it is busy"
+        depth.append(1)
         channel.ack(event.delivery_tag)
         assert rabbit.publisher().publish([item("seen", event.content.body)], 10) == [None]
         assert second.call("basic.qos", prefetch_count=len(bodies) + 1) == {}
         bodies.append(event.content.body)
+        depth.clear()
 
     channel.on_event = consume
     rabbit.publisher().publish([item("q", b"%d" % number) for number in range(20)], 10)
     channel.call("basic.consume", queue="q")
     rabbit.wait(lambda: len(bodies) == 20, time.monotonic() + 10, "all")
+    assert bodies == [b"%d" % number for number in range(20)]
     assert count(second) == 0 and count(second, "seen") == 20
 
 
 def test_event_whose_taker_raises_is_the_only_one_that_is_lost(rabbit_url: str, connect: Any) -> None:
     rabbit = connect(rabbit_url)
-    channel = rabbit.publisher()
+    channel = rabbit.open_channel()
     declare(channel)
-    channel.publish([item("q", b"%d" % number) for number in range(3)], 10)
     bodies: List[bytes] = []
 
     def consume(event: Any) -> None:
@@ -472,9 +493,9 @@ def test_event_whose_taker_raises_is_the_only_one_that_is_lost(rabbit_url: str, 
         if event.content.body == b"0":
             raise LookupError
 
-    consuming = rabbit.open_channel()
-    consuming.call("basic.consume", queue="q")
-    consuming.on_event = consume
+    channel.on_event = consume
+    channel.call("basic.consume", queue="q")
+    connect(rabbit_url).publisher().publish([item("q", b"%d" % number) for number in range(3)], 10)
     with pytest.raises(LookupError):
         rabbit.wait(lambda: len(bodies) == 3, time.monotonic() + 10, "three")
     rabbit.wait(lambda: len(bodies) == 3, time.monotonic() + 10, "three")
@@ -503,14 +524,19 @@ def test_blocked_publisher_raises_at_the_deadline_and_goes_on_when_it_may(
     rabbit = connect(tls_server.url(), ssl_ca_certs=str(files.ca))
     channel = rabbit.publisher()
     declare(channel, "blocked")
+    unconfirmed = connect(tls_server.url(), ssl_ca_certs=str(files.ca), confirm_publish=False)
+    unconfirmed.publisher()
     tls_server.raise_memory_alarm()
     try:
+        unconfirmed.publisher().publish([item("blocked", b"5")], 10)
         # The first one makes the server tell; of the second nothing is sent.
         for number in range(2):
             with pytest.raises(OperationalError, match="blocked by the server.*low on memory"):
                 channel.publish([item("blocked", b"%d" % number)], 0.5 if number else 2.0)
             assert not rabbit.broken and rabbit.blocked == "low on memory"
         rabbit.probe(0.2)
+        with pytest.raises(OperationalError, match="blocked by the server"):
+            unconfirmed.publisher().publish([item("blocked", b"not sent")], 0.2)
         thread = threading.Timer(0.2, tls_server.clear_memory_alarm)
         thread.start()
         assert channel.publish([item("blocked", b"3")], 30) == [None]
@@ -519,8 +545,8 @@ def test_blocked_publisher_raises_at_the_deadline_and_goes_on_when_it_may(
     finally:
         tls_server.clear_memory_alarm()
     assert [channel.publish([item("blocked", b"4")] * size, 10) for size in (1, 2)] == [[None], [None] * 2]
-    got = [channel.get("blocked", no_ack=True) for _ in range(5)]
-    assert [one.content.body for one in got if one] == [b"0", b"3", b"4", b"4", b"4"]
+    got = [channel.get("blocked", no_ack=True) for _ in range(6)]
+    assert sorted(one.content.body for one in got if one) == [b"0", b"3", b"4", b"4", b"4", b"5"]
     assert "takes no messages for now: low on memory" in caplog.text
 
 
@@ -552,20 +578,19 @@ def test_reason_of_an_operator_who_closes_connections_is_told(
 
 
 def test_killed_server_breaks_connections_and_new_ones_work_when_it_is_back(
-    new_rabbit: Callable[..., RabbitServer]
+    tls_server: RabbitServer, files: Certificates
 ) -> None:
-    rabbit_server = new_rabbit()
-    server = server_for(rabbit_server.url())
+    server = server_for(tls_server.url(), ssl_ca_certs=str(files.ca))
     with server.borrow(20) as rabbit, server.borrow(20):
-        declare(rabbit.publisher())
-        rabbit.publisher().publish([item("q", delivery_mode=2)] * 3, 10)
-    rabbit_server.kill()
+        declare(rabbit.publisher(), "kept")
+        rabbit.publisher().publish([item("kept", delivery_mode=2)] * 3, 10)
+    tls_server.kill()
     with pytest.raises(OperationalError, match="refused"), server.borrow(10) as rabbit:
         pass
-    rabbit_server.start()
+    tls_server.start()
     with server.borrow(20) as rabbit:
-        assert rabbit.publisher().publish([item("q")], 10) == [None]
-        assert count(rabbit.publisher()) == 4
+        assert rabbit.publisher().publish([item("kept")], 10) == [None]
+        assert count(rabbit.publisher(), "kept") == 4
 
 
 # -- heartbeats ----------------------------------------------------------------------------------
@@ -579,11 +604,15 @@ def test_heartbeats_are_agreed_on_where_they_are_wanted(
     assert connect(rabbit_url, name="less", with_heartbeat=True, heartbeat=1000).heartbeat_s == 60
     assert connect(rabbit_url, name="server's", with_heartbeat=True).heartbeat_s == 60
     assert connect(rabbit_url, name="none", with_heartbeat=True, heartbeat=0).heartbeat_s == 0
-    timeouts = {row["client_properties"].get("connection_name"): row["timeout"] for row in rabbit_server.connections()}
+    timeouts = {
+        row["client_properties"].get("connection_name"): row["timeout"] for row in rabbit_server.connections()
+    }
     assert timeouts == {"publishing": 0, "own": 7, "less": 60, "server's": 60, "none": 0}
 
 
-def test_heartbeats_keep_an_idle_connection_and_a_silent_one_is_dropped(rabbit_url: str, connect: Any) -> None:
+def test_heartbeats_keep_an_idle_connection_and_a_silent_one_is_dropped(
+    rabbit_url: str, connect: Any
+) -> None:
     kept, left = (connect(rabbit_url, with_heartbeat=True, heartbeat=1) for _ in range(2))
     channel = kept.open_channel()
     # The server drops whom it has not heard for two intervals, and more.
@@ -670,6 +699,7 @@ def closing(code: int, text: str) -> bytes:
     return frame("connection.close", reply_code=code, reply_text=text)
 
 
+BEGIN = frame("connection.start", **START)
 TUNE = frame("connection.tune", channel_max=10, frame_max=131072, heartbeat=0)
 
 
@@ -679,12 +709,12 @@ TUNE = frame("connection.tune", channel_max=10, frame_max=131072, heartbeat=0)
         ([b"AMQP\x00\x00\x09\x01"], OperationalError, "not AMQP 0-9-1.*does not speak AMQP 0-9-1"),
         ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], OperationalError, "not AMQP 0-9-1"),
         ([b""], OperationalError, r"closed the connection \(handshake\)"),
-        ([frame("connection.start", **{**START, "mechanisms": b"SCRAM"})], ImproperlyConfigured, "offers: SCRAM"),
-        ([frame("connection.start", **START), closing(403, "no")], ImproperlyConfigured, "check user and password"),
-        ([frame("connection.start", **START), frame("connection.secure")], OperationalError, "secure came where"),
-        ([frame("connection.start", **START), TUNE, closing(530, "no vhost")], ImproperlyConfigured, "virtual host 'v'"),
-        ([frame("connection.start", **START), TUNE, closing(530, "limit (3)")], OperationalError, r"limit \(3\)"),
-        ([frame("connection.start", **START), TUNE, closing(541, "oops")], OperationalError, "541 oops"),
+        ([BEGIN.replace(b"PLAIN AMQPLAIN", b"SCRAM-SHA-1256")], ImproperlyConfigured, "offers: SCRAM"),
+        ([BEGIN, closing(403, "no")], ImproperlyConfigured, "check user and password"),
+        ([BEGIN, frame("connection.secure")], OperationalError, "secure came where"),
+        ([BEGIN, TUNE, closing(530, "no vhost")], ImproperlyConfigured, "virtual host 'v'"),
+        ([BEGIN, TUNE, closing(530, "limit (3)")], OperationalError, r"limit \(3\)"),
+        ([BEGIN, TUNE, closing(541, "oops")], OperationalError, "541 oops"),
     ],
 )  # fmt: skip
 def test_handshake_that_must_fail_says_why(said: List[bytes], kind: Any, told: str) -> None:
@@ -722,11 +752,13 @@ def test_server_that_falls_silent_breaks_the_connection(connect: Any) -> None:
         (b"nonsense", "not AMQP 0-9-1"),
         (frame("queue.purge-ok", 1), "which nothing asked for"),
         (frame("basic.qos-ok", 5), "channel 5, which is not open"),
-        (b"\x01\x00\x01\xff\xff\xff\xff\x00", "at most 131064"),
+        (b"\x01\x00\x01\xff\xff\xff\xff\x00", "131064"),
         (closing(505, "UNEXPECTED_FRAME"), "505 UNEXPECTED_FRAME"),
     ],
 )
-def test_answer_that_no_server_should_give_breaks_the_connection(said: bytes, told: str, connect: Any) -> None:
+def test_answer_that_no_server_should_give_breaks_the_connection(
+    said: bytes, told: str, connect: Any
+) -> None:
     with listening(talking(said)) as address:
         rabbit = connect(url_of(address), socket_timeout=5)
         channel = rabbit.open_channel()
@@ -841,7 +873,9 @@ def test_close_is_bounded_when_nobody_answers(connect: Any) -> None:
 def test_wrong_password_and_wrong_virtual_host_are_for_the_operator(
     rabbit_server: RabbitServer, connect: Any
 ) -> None:
-    with pytest.raises(ImproperlyConfigured, match="login: 403 ACCESS_REFUSED.*check user and password") as raised:
+    with pytest.raises(
+        ImproperlyConfigured, match="login: 403 ACCESS_REFUSED.*check user and password"
+    ) as raised:
         connect(rabbit_server.url(password="guessed"))
     assert "guessed" not in str(raised.value)
     with pytest.raises(ImproperlyConfigured, match="'missing'.*530 NOT_ALLOWED - vhost missing not found"):
@@ -859,14 +893,14 @@ def test_wrong_password_and_wrong_virtual_host_are_for_the_operator(
 def test_password_with_special_characters_and_amqplain(
     rabbit_server: RabbitServer, rabbit_url: str, connect: Any
 ) -> None:
-    vhost = endpoints(rabbit_url, Options())[0].virtual_host
+    vhost = vhost_of(rabbit_url)
     user, password = f"us:r@{vhost}", "p@ss/w#rd % ü"
     rabbit_server.add_user(user, password)
     rabbit_server.set_permissions(user, vhost)
     for method in (None, "PLAIN", "AMQPLAIN"):
         rabbit = connect(rabbit_server.url(vhost, user, password), login_method=method, name=f"{method}")
         assert rabbit.open_channel().number == 1
-    shown = {row["client_properties"].get("connection_name"): row for row in rabbit_server.connections()}
+    shown = named(rabbit_server)
     assert {name: shown[name]["auth_mechanism"] for name in ("PLAIN", "AMQPLAIN")} == {
         "PLAIN": "PLAIN", "AMQPLAIN": "AMQPLAIN"
     }  # fmt: skip
@@ -895,8 +929,7 @@ def test_tls_with_verification_and_client_certificate(
         "ssl_keyfile": str(files.client_key),
     }
     connect(url, login_method="EXTERNAL", name="external", **ours).open_channel()
-    users = {row["client_properties"].get("connection_name"): row["user"] for row in tls_server.connections()}
-    assert users["external"] == CLIENT
+    assert named(tls_server)["external"]["user"] == CLIENT
 
 
 # -- the pool ------------------------------------------------------------------------------------
@@ -922,7 +955,9 @@ def test_connection_closed_while_idle_is_replaced(tls_server: RabbitServer, file
     assert first.broken and first.fileno() == -1
 
 
-def test_idle_connections_into_a_black_hole_are_replaced(rabbit_server: RabbitServer, rabbit_url: str) -> None:
+def test_idle_connections_into_a_black_hole_are_replaced(
+    rabbit_server: RabbitServer, rabbit_url: str
+) -> None:
     with Proxy(rabbit_server.port) as proxy:
         server = server_for(proxy.url(rabbit_url), health_check_interval=1e-9, socket_timeout=0.3)
         with server.borrow(10) as first, server.borrow(10) as second:
@@ -1061,7 +1096,7 @@ def test_next_url_is_used_when_one_fails_and_remembered(
 
 def test_silent_server_leaves_time_for_the_next_url(rabbit_url: str, connect: Any) -> None:
     with listening(hold) as address:
-        rabbit = connect(f"{url_of(address)};{rabbit_url}", timeout_s=4.0)
+        rabbit = connect(f"{url_of(address)};{rabbit_url}", timeout_s=2.0)
         assert rabbit.url.endswith(endpoints(rabbit_url, Options())[0].url)
         rabbit.close()
 

@@ -36,7 +36,7 @@ FRAME_OVERHEAD_BYTES = 8
 #: Smallest frame_max that may be agreed on (AMQP 0-9-1 4.2.3).
 FRAME_MIN_BYTES = 4096
 
-#: Tables and lists inside of each other; RabbitMQ has no limit, and nobody needs more.
+#: As deep may tables and lists be inside of each other.  RabbitMQ knows no limit.
 MAX_DEPTH = 32
 MAX_SHORT_BYTES = 255
 #: As many names, layouts and keys are remembered, so that no peer can fill the memory with them.
@@ -353,10 +353,9 @@ def _write_table(table: Dict[str, Any], parts: List[bytes], depth: int) -> None:
         encoded = names.get(name)
         if encoded is None:
             encoded = _encode_name(name)
-        kind = type(value)
         if value is None:
             parts += encoded, _NONE
-        elif kind is str:
+        elif type(value) is str:
             raw = value.encode("utf-8", "surrogatepass")
             size = len(raw)
             parts += encoded, _SIZED[size] if size < 512 else _pack_sized(b"S", size), raw
@@ -432,7 +431,10 @@ def _encode_decimal(value: Decimal) -> bytes:
 
 
 def _read_table(data: bytes, at: int, end: int, depth: int) -> Dict[str, Any]:
-    """Return the fields between two positions of `data`, of which `end` is not beyond its end."""
+    """Return the fields between two positions of `data`, of which `end` is not beyond its end.
+
+    Raises IndexError where the last one runs over that, as reading past the end of `data` does.
+    """
     table: Dict[str, Any] = {}
     value: Any
     while at < end:
@@ -588,15 +590,15 @@ def encode_header(body_bytes: int, properties: Dict[str, Any], headers: Optional
             else:
                 parts.append(_LONGLONG.pack(seconds_of(value) if isinstance(value, datetime) else value))
         except (ValueError, AttributeError, StructError) as error:
-            _refuse_property(name, kind, value, error)
+            raise _refused_property(name, kind, value) from error
     parts[0] = _CONTENT.pack(_BASIC, 0, body_bytes, flags)
     return b"".join(parts)
 
 
-def _refuse_property(name: str, kind: str, value: Any, error: Exception) -> None:
+def _refused_property(name: str, kind: str, value: Any) -> ValueError:
     wanted = {"s": f"text of at most {MAX_SHORT_BYTES} bytes", "o": "a number from 0 to 255"}
     needed = wanted.get(kind, "seconds since the epoch")
-    raise ValueError(f"property {name}={_shown(value)}: {needed} is needed") from error
+    return ValueError(f"property {name}={_shown(value)}: {needed} is needed")
 
 
 def decode_header(payload: bytes) -> Tuple[int, Dict[str, Any], Dict[str, Any]]:

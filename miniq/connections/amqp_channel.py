@@ -36,7 +36,9 @@ class ChannelError(Exception):
 
     def translated(self) -> MiniqError:
         """Return miniq's error for it: `ImproperlyConfigured` where the operator must act."""
-        kind = ImproperlyConfigured if hint_for(self.code, self.text) else OperationalError
+        # A connection that owns something may be dead, and the server has not noticed yet (405).
+        must_act = self.code != 405 and hint_for(self.code, self.text)
+        kind = ImproperlyConfigured if must_act else OperationalError
         return kind(str(self))
 
 
@@ -157,6 +159,10 @@ class Channel:
         self.closed = ChannelClosed(self.number, 200, "it was closed here", "")
         self.was_told = True
         connection.channels.pop(self.number, None)
+        # Not for the next channel of this number.
+        left = [event for event in connection.events if event.channel != self.number]
+        connection.events.clear()
+        connection.events.extend(left)
 
     # -- publishing
 
@@ -299,20 +305,10 @@ class Channel:
         """Act on an event of this channel; the connection calls this."""
         kind = type(event)
         if kind is not Deliver:
-            if kind is Method or kind is GetOk:
-                if kind is GetOk or event.name != "channel.flow":
-                    self._answer = event
-                return
-            batch = self._batch
-            if batch is not None and batch.take(event):
+            if self.take_awaited(event):
                 return
             if kind is ChannelClosed:
-                self.closed = event
-                if self._asked == "channel.close":
-                    return  # both at once: the number is free when ours is answered
-                self.connection.channels.pop(self.number, None)
-                if self.is_busy:
-                    return
+                self._end(event)
         if self.on_event is not None:
             self.on_event(event)
         elif kind is Returned:
@@ -322,3 +318,20 @@ class Channel:
             )  # fmt: skip
         elif kind is Deliver or kind is Cancelled:
             logger.debug("%s: nobody takes a %s", self.connection.url, kind.__name__)
+
+    def take_awaited(self, event: Any) -> bool:
+        """Act on an event if somebody waits for it; say whether it was so."""
+        kind = type(event)
+        if kind is Method or kind is GetOk:
+            if kind is GetOk or event.name != "channel.flow":
+                self._answer = event
+            return True
+        if kind is ChannelClosed and self.is_busy:
+            self._end(event)
+            return True
+        return self._batch is not None and self._batch.take(event)
+
+    def _end(self, event: ChannelClosed) -> None:
+        self.closed = event
+        if self._asked != "channel.close":  # then both sides close at once: it is free when ours is answered
+            self.connection.channels.pop(self.number, None)

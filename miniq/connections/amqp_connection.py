@@ -47,6 +47,7 @@ CAPABILITIES = {
     "publisher_confirms": True,
 }
 
+
 class Connection(Line[Channel]):
     """A conversation with one server, in one virtual host.  `Server` makes them.
 

@@ -61,6 +61,9 @@ class Receiver(Protocol):
     def take(self, event: Any) -> None:
         """Act on an event of this channel."""
 
+    def take_awaited(self, event: Any) -> bool:
+        """Act on an event if somebody waits for it; say whether it was so."""
+
 
 R = TypeVar("R", bound=Receiver)
 
@@ -74,7 +77,8 @@ class Line(Generic[R]):
 
     __slots__ = (
         "url", "broken", "blocked", "pid", "stream", "peer", "out", "events", "channels", "heard_mono",
-        "said_mono", "_reason", "_timeout_s", "_answer", "_blocked_mono", "__weakref__",
+        "said_mono", "_reason", "_timeout_s", "_answer", "_blocked_mono", "_handing",
+        "__weakref__",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, url: str, timeout_s: float) -> None:
@@ -92,6 +96,7 @@ class Line(Generic[R]):
         self._timeout_s = timeout_s
         self._answer: Optional[Method] = None  # of the connection itself
         self._blocked_mono = 0.0
+        self._handing = False  # somebody is called with an event
 
     # -- reading and writing
 
@@ -184,18 +189,31 @@ class Line(Generic[R]):
     def dispatch(self) -> None:
         """Hand the events to those they are for.
 
-        Not while reading, so that whoever gets one may use the connection.
+        Not while reading, so that whoever gets one may use the connection.  What he waits for then, he
+        gets; the other events stay for later, in their order, so that nobody is called while he is busy.
         """
         events, channels = self.events, self.channels
-        while events:
-            event = events.popleft()
-            number = event.channel
-            if number:
-                channel = channels.get(number)
-                if channel is not None:  # else it was closed here meanwhile
-                    channel.take(event)
-            else:
-                self._take(event)
+        if self._handing:
+            for _ in range(len(events)):
+                event = events.popleft()
+                if not event.channel:
+                    self._take(event)
+                elif event.channel not in channels or not channels[event.channel].take_awaited(event):
+                    events.append(event)
+            return
+        self._handing = True
+        try:
+            while events:
+                event = events.popleft()
+                number = event.channel
+                if number:
+                    channel = channels.get(number)
+                    if channel is not None:  # else it was closed here meanwhile
+                        channel.take(event)
+                else:
+                    self._take(event)
+        finally:
+            self._handing = False
 
     def _take(self, event: Event) -> None:
         """Act on an event of the connection itself."""

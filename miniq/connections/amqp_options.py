@@ -135,7 +135,9 @@ def endpoints(urls: str, options: Options) -> Tuple[Endpoint, ...]:
                 " (special characters in a password must be percent-encoded: '/' is %2F, '#' is %23)"
             ) from error
     if not found:
-        raise ImproperlyConfigured(f"no RabbitMQ URL in {mask_url(urls)!r}: write amqp://user@host:5672/vhost")
+        raise ImproperlyConfigured(
+            f"no RabbitMQ URL in {mask_url(urls)!r}: write amqp://user@host:5672/vhost"
+        )
     return tuple(found)
 
 

@@ -142,7 +142,11 @@ def checked(
 
 def tls_of(options: Any) -> TLS:
     """Return how to speak TLS, from the fields that begin with ``ssl_``."""
-    return TLS(*(getattr(options, f"ssl_{name}") for name in TLS._fields))
+    return TLS(
+        options.ssl_cert_reqs, options.ssl_ca_certs, options.ssl_ca_path, options.ssl_ca_data,
+        options.ssl_certfile, options.ssl_keyfile, options.ssl_password, options.ssl_check_hostname,
+        options.ssl_ciphers,
+    )  # fmt: skip
 
 
 def shown(options: Any, secret: AbstractSet[str]) -> str:

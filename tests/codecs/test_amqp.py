@@ -546,11 +546,16 @@ def test_replies_may_overtake_each_other_but_not_come_twice():
     peer = opened(1)
     for name in ("basic.consume", "basic.qos", "basic.get", "basic.get"):
         peer.method(1, name)
-    peer.method(1, "queue.declare", nowait=True)
     names = ["basic.qos-ok", "basic.get-empty", "basic.consume-ok", "basic.get-empty"]
     data = b"".join(server(name, 1) for name in names)
     assert [event.name for event in events(peer, data)] == names
     refused(peer, server("basic.consume-ok", 1), "basic.consume-ok on channel 1, which nothing asked for")
+
+
+def test_call_that_wants_no_reply_gets_none():
+    peer = opened(1)
+    peer.method(1, "queue.declare", nowait=True)
+    refused(peer, server("queue.declare-ok", 1), "queue.declare-ok on channel 1, which nothing asked for")
 
 
 @pytest.mark.parametrize(
@@ -594,6 +599,15 @@ def test_confirms_come_as_events():
     )
     data += server("basic.nack", 1, delivery_tag=2, multiple=True, requeue=True)
     assert events(opened(1), data) == [Acked(1, 2**64 - 1, True), Acked(1, 1, False), Nacked(1, 2, True)]
+
+
+def test_bits_without_a_meaning_are_not_looked_at():
+    ack = server("basic.ack", 1, delivery_tag=3)[:-2]
+    assert events(opened(1), ack + b"\xff\xce" + ack + b"\xfe\xce") == [Acked(1, 3, True), Acked(1, 3, False)]
+    at = DELIVER.index(b"\x01q") - 2
+    for bits, redelivered in ((0xFF, True), (0xFE, False)):
+        (event,) = events(opened(1), DELIVER[:at] + bytes((bits,)) + DELIVER[at + 1 :] + header(0))
+        assert event == delivered()._replace(redelivered=redelivered)
 
 
 # -- the connection
