@@ -18,7 +18,7 @@ from .. import __version__
 from ..app import MiniQ
 from ..exceptions import MiniqError
 from ..text import import_module, import_object, is_missing, mask_urls, nearest
-from . import commands, worker
+from . import amqp, commands, worker
 
 PROGRAM = "python -m " + (__package__ or "miniq.cli").rpartition(".")[0]
 EPILOG = """\
@@ -90,6 +90,7 @@ def build_parser() -> Parser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     worker.add_parser(subparsers)
     commands.add_parsers(subparsers)
+    amqp.add_parser(subparsers)
     return parser
 
 
