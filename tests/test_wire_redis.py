@@ -9,37 +9,36 @@ comparisons is what varies: ids nobody gave, delivery tags, the sender's name an
 from __future__ import annotations
 
 import base64
-import datetime as dt
 import json
 import time
-import uuid
-from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
-from bench import Bench, run_of
 from servers import RedisServer
-from test_wire import CHAINS, LEAKS, SENT, TZ, UTC, VECTORS, compare, find, make_app, make_call
+from wire import (
+    CALLED,
+    ENVELOPE_ONLY,
+    LEAKS,
+    VECTORS,
+    compare,
+    compare_body,
+    compare_meaning,
+    compare_workflow,
+    find,
+    make_app,
+    make_call,
+    of_redis,
+    read_vectors,
+)
 
 from miniq import Exchange, MiniQ, Queue
 from miniq.connections.redis import Options
 from miniq.connections.redis_session import Layout
-from miniq.exceptions import ImproperlyConfigured
-from miniq.message import unpack_body, upgrade_v1
-from miniq.serialization import dumps, loads
-from miniq.times import to_epoch
 from miniq.transports.base import Publication
 from miniq.transports.redis import RedisTransport
-from miniq.transports.redis_envelope import Envelope, decode_envelope, encode_envelope
+from miniq.transports.redis_envelope import decode_envelope, encode_envelope
 
-CAPTURED: List[Dict[str, Any]] = json.loads(
-    (Path(__file__).parent / "vectors" / "redis_messages.json").read_text(encoding="utf-8")
-)
-ACCEPT = frozenset(
-    {"application/json", "application/x-python-serialize", "application/x-yaml", "application/x-msgpack"}
-)
-#: Not among the properties of a message: the transport puts them on the list and takes them off again.
-OF_THE_LIST = ("delivery_info", "body_encoding", "delivery_tag")
+CAPTURED = read_vectors("redis_messages")
 TAG = "00000000-0000-4000-8000-0000000000ff"
 
 
@@ -72,18 +71,6 @@ def item_of(envelope: Dict[str, Any]) -> bytes:
     return json.dumps(envelope).encode()
 
 
-def body_of(found: Envelope) -> Any:
-    """Return the decoded body; skip where a library is missing for it."""
-    message = found.message
-    compression = message.headers.get("compression")
-    try:
-        return loads(message.body, message.content_type, message.content_encoding, ACCEPT, compression)
-    except Exception as error:
-        if "needs the library" not in str(error):
-            raise
-        pytest.skip(str(error))
-
-
 # -- reading -------------------------------------------------------------------------------------
 
 
@@ -95,7 +82,7 @@ def test_a_captured_item_is_taken_apart_into_its_message(name: str) -> None:
     assert message.content_type == theirs["content-type"]
     assert message.content_encoding == theirs["content-encoding"]
     assert message.headers == theirs["headers"]
-    assert message.properties == {key: properties[key] for key in properties if key not in OF_THE_LIST}
+    assert message.properties == {key: properties[key] for key in properties if key not in ENVELOPE_ONLY}
     info = properties["delivery_info"]
     assert (found.exchange, found.routing_key) == (info["exchange"], info["routing_key"])
     assert found.tag == properties["delivery_tag"]
@@ -119,54 +106,12 @@ def test_a_captured_item_put_back_is_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("vector", [v for v in VECTORS if v["expected"]], ids=lambda v: v["name"])
 def test_a_captured_call_is_the_task_that_was_meant(vector: Dict[str, Any]) -> None:
-    found = decode_envelope(item_of(vector["redis_envelope"]))
-    expected, value = vector["expected"], body_of(found)
-    headers = found.message.headers
-    if not headers:
-        headers, value = upgrade_v1(value)
-    args, kwargs, embed = unpack_body(value)
-    for header in ("id", "task", "retries"):
-        if header in expected:
-            assert headers[header] == expected[header]
-    for name in ("eta", "expires"):
-        if f"{name}_utc" in expected:
-            # Naive times are meant in the worker's zone, here UTC.
-            assert to_epoch(headers[name]) == to_epoch(expected[f"{name}_utc"])
-    assert expected.get("extra_header", {}).items() <= headers.items()
-    if "args_python" in expected:
-        assert args == list(evaluated(expected["args_python"]))
-    elif isinstance(expected.get("args"), list):
-        assert as_json(args) == as_json(expected["args"])
-    if "kwargs_python" in expected:
-        assert kwargs == evaluated(expected["kwargs_python"])
-    elif "kwargs" in expected:
-        assert as_json(kwargs) == as_json(expected["kwargs"])
-    if "embed" in expected:
-        assert as_json(without_none(embed)) == as_json(without_none(expected["embed"]))
-
-
-def without_none(value: Dict[str, Any]) -> Dict[str, Any]:
-    return {key: one for key, one in value.items() if one is not None}
-
-
-def evaluated(text: str) -> Any:
-    names = {"datetime": dt.datetime, "date": dt.date, "time": dt.time, "utc": UTC, "TZ": TZ}
-    return eval(text.replace("+05:30", "TZ"), names)
-
-
-def as_json(value: Any) -> Any:
-    """Return a value as text, in which NaN equals itself, and the types beyond JSON have their wire form."""
-    return json.dumps(json.loads(dumps(value, "json")[2]), sort_keys=True)
+    compare_meaning(decode_envelope(item_of(vector["redis_envelope"])).message, vector["expected"])
 
 
 @pytest.mark.parametrize("vector", WITH_BODY, ids=lambda v: v["name"])
 def test_what_workers_sent_has_the_body_that_was_meant(vector: Dict[str, Any]) -> None:
-    found = decode_envelope(item_of(vector["redis_envelope"]))
-    assert json.loads(found.message.body) == vector["decoded_body"]
-    args, kwargs, embed = unpack_body(body_of(found))
-    assert len(args) == len(vector["decoded_body"][0])
-    assert sorted(kwargs) == sorted(vector["decoded_body"][1])
-    assert embed.keys() == vector["decoded_body"][2].keys()
+    compare_body(decode_envelope(item_of(vector["redis_envelope"])).message, vector["decoded_body"])
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -174,7 +119,7 @@ def test_what_workers_sent_has_the_body_that_was_meant(vector: Dict[str, Any]) -
 
 def compare_items(ours: Publication, theirs: Dict[str, Any], given: str) -> None:
     """Compare a message of ours as an item with a captured one; `given` is the text of the call."""
-    compare(ours, theirs, given)
+    compare(ours, of_redis(theirs), given)
     item = json.loads(encode_envelope(ours.message, ours.exchange, ours.routing_key, TAG))
     assert list(item) == list(theirs)
     left, right = item["properties"], dict(theirs["properties"])
@@ -188,16 +133,11 @@ def compare_items(ours: Publication, theirs: Dict[str, Any], given: str) -> None
     assert type(left["delivery_tag"]) is type(right["delivery_tag"])
 
 
-@pytest.mark.parametrize("name", [name for name in SENT if name not in CHAINS])
+@pytest.mark.parametrize("name", CALLED)
 def test_our_item_for_a_call_is_celerys(name: str) -> None:
     vector = find(name)
     app, names = make_app(vector.get("config", {}))
-    try:
-        ours = make_call(names, vector["how_made"])
-    except ImproperlyConfigured as error:
-        if "needs the library" not in str(error):
-            raise
-        pytest.skip(str(error))
+    ours = make_call(names, vector["how_made"])
     compare_items(ours, vector["redis_envelope"], vector["how_made"])
     layout = Layout(Options.read({}, "redis://"))
     (queue,) = queues_of(app, ours)
@@ -231,48 +171,11 @@ FOLLOWED = {
 
 @pytest.mark.parametrize("workflow", FOLLOWED)
 def test_what_follows_a_captured_message_here_is_what_followed_it_there(workflow: str) -> None:
-    app, _ = make_app({})
-    app.task(fail, name="wt.fail")
-    bench = Bench(app)
-    waiting: List[Publication] = []
-    for number in range(1, FOLLOWED[workflow] + 1):
-        theirs = captured(f"{workflow}_{number}")["redis_envelope"]
-        if number > 1:
-            compare_follow_up(waiting.pop(0), theirs)
-        if number < FOLLOWED[workflow]:
-            found = decode_envelope(item_of(theirs))
-            publication = Publication(found.message, found.exchange, found.routing_key)
-            waiting += bench.runner.run(run_of(publication)).followups
-    assert not waiting
-
-
-def fail(text: str) -> None:
-    raise ValueError(text)
-
-
-def compare_follow_up(ours: Publication, theirs: Dict[str, Any]) -> None:
-    """Compare what a worker sends: with the ids of the work-flow, but not those made on the way."""
-    item = json.loads(encode_envelope(ours.message, ours.exchange, ours.routing_key, TAG))
-    assert json.loads(base64.b64decode(item["body"])) == json.loads(base64.b64decode(theirs["body"]))
-    left, right = item["headers"], dict(theirs["headers"])
-    assert list(left) == list(right)
-    for headers in (left, right):
-        for name in ("origin", "argsrepr", "kwargsrepr"):
-            assert isinstance(headers.pop(name), str)
-        if headers["eta"]:
-            headers["eta"] = "a moment from then on"
-        if headers["group"]:
-            headers["group"] = str(uuid.UUID(headers["group"])) and "a group"
-    if left["id"] != right["id"]:
-        assert uuid.UUID(left.pop("id")) and uuid.UUID(right.pop("id"))
-    assert left == right
-    left, right = item["properties"], dict(theirs["properties"])
-    for name in ("correlation_id", "reply_to", "delivery_tag", "expiration"):
-        assert type(left.pop(name, None)) is type(right.pop(name, None))
-    # A calling option that leaks into Celery's properties by accident.
-    for name in ("origin", *LEAKS):
-        right.pop(name, None)
-    assert left == right
+    items = [
+        decode_envelope(item_of(captured(f"{workflow}_{number}")["redis_envelope"]))
+        for number in range(1, FOLLOWED[workflow] + 1)
+    ]
+    compare_workflow([Publication(item.message, item.exchange, item.routing_key) for item in items])
 
 
 # -- where messages go ---------------------------------------------------------------------------

@@ -26,9 +26,10 @@ from ..connections.amqp import Channel, ChannelError, Options
 from ..routing import Queue
 from . import amqp_notes
 from .amqp_consumer import AmqpConsumer
-from .amqp_link import DEAD, DEAD_HEADER, Item, Link
+from .amqp_link import COPY, DEAD_HEADER, Item, Link
 from .amqp_message import from_content, take_added, take_starts, to_content
 from .amqp_topology import refused
+from .amqp_waiting import DEAD, declare_dead
 from .base import DeadLetter, Publication, QueueSize, Transport, due_at
 
 #: Dead letters that are looked through at most.
@@ -139,16 +140,22 @@ class AmqpTransport(Transport):
 
     def _each_dead(self, channel: Channel) -> Iterator[Tuple[int, DeadLetter]]:
         """Take dead letters, the oldest first; they go back with the channel."""
-        self.link.declare_dead(channel)
+        declare_dead(channel, monotonic() + self.link.options.socket_timeout)
         for _ in range(MOST_DEAD):
             found = channel.get(DEAD)
             if found is None:
                 return
             message = from_content(found.content)
             told = message.headers.pop(DEAD_HEADER, None)
-            told = told if isinstance(told, dict) else {}
             take_starts(message.headers)
+            message.headers.pop(COPY, None)
             take_added(message.headers)
+            if not isinstance(told, dict):
+                # By the server itself.
+                told = {
+                    "id": f"due-{message.headers.get('id')}", "queue": found.routing_key,
+                    "reason": f"queue {found.routing_key} was gone when it was due",
+                }  # fmt: skip
             letter = DeadLetter(
                 str(told.get("id", "")), str(told.get("queue", "")), str(told.get("reason", "")),
                 float(told.get("at") or 0.0), message,

@@ -23,16 +23,16 @@ import os
 import random
 from collections import deque
 from time import monotonic
-from typing import Any, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from ..codecs.amqp import Cancelled, ChannelClosed, Deliver
 from ..connections.amqp import Channel, ChannelError, Connection
-from ..exceptions import OperationalError
+from ..exceptions import ImproperlyConfigured, OperationalError
 from ..message import Delivery
 from ..routing import Queue
 from . import amqp_notes
 from .amqp_delay import strip_prefix
-from .amqp_link import Held, Key, Link, Subscription
+from .amqp_link import COPY, Held, Key, Link, Subscription
 from .amqp_message import from_content, redeliveries, take_added, take_starts
 from .amqp_topology import declare_queue, refused
 from .base import Consumer, NotOurs, due_at, pause_after_loss_s
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 NET_INTERVAL_S = 2.0
 #: A server that has been silent for so long is asked whether it is there, and has so long to answer.
 SILENT_S, PROBE_TIMEOUT_S = 5.0, 5.0
+#: After so many such looks at messages that do not come, the connection is made anew.
+MOST_OVERDUE = 3
 #: Messages are taken in quick succession where the next ones are wanted so soon after the last.
 QUICK_S = 0.02
 #: What came ahead and is not wanted for so long goes back.
@@ -51,8 +53,9 @@ LINGER_S = 0.5
 LEAST_AHEAD, MOST_AHEAD = 16, 256
 #: Messages held here until they are due, at most.
 MOST_HELD = 1000
-#: Acknowledgements may be lost with their connection for so long; so many are remembered at most.
-DOUBT_S, MOST_DOUBTED = 30.0, 20_000
+#: An acknowledgement may be lost with its connection for so long, and the message come again so much
+#: later; so many are remembered at most.
+DOUBT_S, DOUBTED_S, MOST_DOUBTED = 30.0, 600.0, 20_000
 
 class AmqpConsumer(Consumer):
     """A worker's share of a RabbitMQ server."""
@@ -68,6 +71,8 @@ class AmqpConsumer(Consumer):
         self._hold_s = link.options.hold
         self._queues: Dict[str, Queue] = {queue.name: queue for queue in queues}
         self._connection: Optional[Connection] = None
+        #: The one whose descriptor was given out last.
+        self._watched: Optional[Connection] = None
         self._retired: List[Connection] = []
         self._channel: Optional[Channel] = None
         self._pid = os.getpid()
@@ -90,8 +95,18 @@ class AmqpConsumer(Consumer):
         self._orphans: Dict[Key, Held] = {}
         self._recent: Deque[Tuple[float, Key]] = deque()
         self._doubtful: Dict[Key, float] = {}
+        #: Queues that were deleted under us.
+        self._deleted: Set[str] = set()
+        #: While it is worth while to ask for what runs here: since when, and how long the next pause is.
+        self._seeking = False
+        self._seek_mono = 0.0
+        self._seek_pause_s = 1.0
         self._quick = False
         self._satisfied_mono = 0.0
+        self._opened_mono = 0.0
+        #: How often in a row the server had messages and sent none.
+        self._overdue = 0
+        self._refusal = ""
         self._heard_mono = monotonic()
         self._timeout_told = False
         self._closed = False
@@ -114,28 +129,40 @@ class AmqpConsumer(Consumer):
         connection, channel = self._connection, self._channel
         if connection is not None and not connection.broken and channel is not None and not channel.closed:
             return channel
-        self._lose()
+        if channel is not None:
+            self._lose()
+        if self._refusal:
+            # Not again at once: whoever asks makes a pause.
+            text, self._refusal = self._refusal, ""
+            raise OperationalError(text)
         if connection is None or connection.broken:
             server = self._link.server
             timeout_s = self._link.options.connect_timeout * len(server.endpoints)
             new = server.connect(timeout_s, name=self.node, heartbeat=True)
-            if connection is not None:
+            if connection is not None and connection is self._watched:
+                # Its descriptor stays valid while somebody may watch it.
                 self._retired.append(connection)
+            elif connection is not None:
+                connection.close()
             self._connection = connection = new
             self.moved = True
             if self.notes is not None:
-                self.notes.attach(connection)
+                self.notes.attach(connection, self._link.note)
         channel = connection.open_channel()
-        channel.on_event = self._on_event
-        self._channel = channel
         try:
             for queue in self._queues.values():
                 declare_queue(channel, queue, self._deadline())
                 self._link.waiting.bind(channel, queue, self._deadline())
-        except BaseException:
-            self._channel = None
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, ImproperlyConfigured) and self._opened_mono:
+                # It could be done before: this may pass, and must cost nobody his work.
+                raise OperationalError(str(error)) from error
             raise
-        self._heard_mono = monotonic()
+        channel.on_event = self._on_event
+        self._channel = channel
+        self._opened_mono = self._heard_mono = monotonic()
+        self._deleted.clear()
         self.woken = True
         return channel
 
@@ -157,6 +184,7 @@ class AmqpConsumer(Consumer):
             if moment > now_mono - DOUBT_S:
                 self._doubtful[key] = now_mono
         self._recent.clear()
+        self._seeking, self._seek_mono, self._seek_pause_s = bool(self._orphans), now_mono, 1.0
         for mapping in (self._unsettled, self._subscriptions, self._by_tag, self._ready):
             mapping.clear()
         self._later.clear()
@@ -169,6 +197,7 @@ class AmqpConsumer(Consumer):
         for connection in self._retired:
             connection.close()
         self._retired.clear()
+        self._watched = self._connection
         return self._connection.fileno()
 
     def on_readable(self) -> None:
@@ -176,10 +205,11 @@ class AmqpConsumer(Consumer):
 
     def _read(self) -> None:
         connection = self._connection
-        if connection is not None and not connection.broken and self._pid == os.getpid():
-            if connection.has_input():
-                self._heard_mono = monotonic()
-                connection.read_ready()
+        if connection is None or connection.broken or self._pid != os.getpid():
+            return
+        if connection.has_input():
+            self._heard_mono = monotonic()
+            connection.read_ready()
 
     def changed(self) -> bool:
         self._keep_alive()
@@ -194,8 +224,33 @@ class AmqpConsumer(Consumer):
         mono = monotonic()
         connection.keep_alive(mono)
         if mono - self._heard_mono >= SILENT_S:
-            connection.probe(PROBE_TIMEOUT_S)
+            self._ask(connection)
             self._heard_mono = monotonic()
+
+    def _ask(self, connection: Connection) -> None:
+        """See that a silent server answers, and has nothing that it should have sent."""
+        idle = [one for one in self._subscriptions.values() if one.window > one.out]
+        channel = self._channel
+        if self._satisfied_mono or channel is None or not idle:
+            self._overdue = 0
+            connection.probe(PROBE_TIMEOUT_S)
+            return
+        queue = idle[0].queue
+        if len(idle) > 1:
+            self._turns += 1
+            queue = idle[self._turns % len(idle)].queue
+        try:
+            reply = channel.call("queue.declare", PROBE_TIMEOUT_S, queue=queue.name, passive=True)
+        except ChannelError as error:
+            raise OperationalError(str(error)) from error
+        alone = "x-single-active-consumer" in (queue.queue_arguments or {}) or queue.consumer_arguments
+        self._overdue = self._overdue + 1 if reply["message_count"] and not alone and not self.woken else 0
+        if self._overdue >= MOST_OVERDUE:
+            self._overdue = 0
+            reason = f"queue {queue.name} holds {reply['message_count']} messages and the server sends none"
+            logger.error("%s: %s; connecting anew", connection.url, reason)
+            connection.break_off(reason)
+            raise OperationalError(f"{connection.url}: {reason}")
 
     def next_due(self) -> Optional[float]:
         return self._later[0][0] if self._later else None
@@ -213,14 +268,11 @@ class AmqpConsumer(Consumer):
                 if self._subscriptions.get(name) is subscription:
                     del self._subscriptions[name]
                 self._link.declared.pop(name, None)
-                self._declare_again(name)
+                # Not here: an answer may be waited for on this channel.
+                self._deleted.add(name)
+                self.woken = True
         elif isinstance(event, ChannelClosed):
             self._on_channel_closed(event)
-
-    def _declare_again(self, name: str) -> None:
-        # Not in here, a reply may be waited for: with a new channel all is declared.
-        self._channel = None
-        self.woken = True
 
     def _on_channel_closed(self, event: ChannelClosed) -> None:
         running = sum(held.started for held in self._unsettled.values())
@@ -231,12 +283,14 @@ class AmqpConsumer(Consumer):
                     "RabbitMQ closed the channel of this worker because a message was not acknowledged within"
                     " its consumer_timeout (%s). The %d tasks that run go on; their messages are taken up"
                     " again when RabbitMQ hands them out. Raise consumer_timeout in rabbitmq.conf above the"
-                    " longest late-acked task, or another worker may get such a message and run the task as well.",
+                    " longest late-acked task: another worker may get such a message and run it as well.",
                     event.text, running,
                 )  # fmt: skip
         else:
             text = "RabbitMQ closed the channel of this worker (%s %s); it is opened again"
             logger.warning(text, event.code, event.text)
+        if monotonic() - self._opened_mono < 1.0:
+            self._refusal = f"the server closes the channel at once: {event.code} {event.text}"
         self._lose()
         self.woken = True
 
@@ -271,7 +325,8 @@ class AmqpConsumer(Consumer):
 
     def _open(self, event: Deliver, subscription: Subscription) -> Held:
         message = from_content(event.content)
-        starts = take_starts(message.headers)
+        starts = counted = take_starts(message.headers)
+        copy = message.headers.pop(COPY, "")
         added = take_added(message.headers)
         headers = message.headers
         start = (subscription.queue.name, str(headers.get("id")), headers.get("retries") or 0)
@@ -279,12 +334,13 @@ class AmqpConsumer(Consumer):
             message, None, subscription.queue.name, event.exchange, strip_prefix(event.routing_key)
         )
         held = Held(self, event.delivery_tag, self._epoch, subscription, delivery)
-        held.key = (*start, starts)
+        held.key = (*start, counted, copy)
         held.returns = redeliveries(added)
-        if event.redelivered:
-            starts += 1
+        if event.redelivered or counted:
             if self.notes is not None and self.notes.starts:
                 starts += self.notes.starts.get(start, 0)
+            # The first start was not noted, or there was none.
+            starts += not counted
         held.starts = delivery.deliveries = starts
         delivery.redelivered = event.redelivered
         delivery.tag = held
@@ -361,19 +417,23 @@ class AmqpConsumer(Consumer):
 
     def _subscribe(self, wanted: int, limit: int) -> None:
         """Be a consumer for as many messages as are wanted, or for none."""
-        orphans = len(self._orphans)
-        if wanted <= 0 and not orphans:
+        sought = len(self._orphans) if self._seeking else 0
+        if wanted <= 0:
             self._satisfied_mono = monotonic()
-            if not self._quick:
-                self._unsubscribe()
-            return
-        window = max(wanted, 0) + orphans
+            if not sought:
+                if not self._quick:
+                    self._unsubscribe()
+                return
+        window = needed = max(wanted, 0) + sought
         if self._quick or self._far:
-            window = min(max(LEAST_AHEAD, 4 * limit), MOST_AHEAD) + orphans
+            window = min(max(LEAST_AHEAD, 4 * limit), MOST_AHEAD) + sought
         channel = self._connected()
+        for name in self._deleted & self._queues.keys():
+            declare_queue(channel, self._queues[name], self._deadline())
+        self._deleted.clear()
         for queue in self._queues.values():
             known = self._subscriptions.get(queue.name)
-            if known is None or known.window - known.out < max(wanted, 0) + orphans:
+            if known is None or known.window - known.out < needed:
                 self._consume(channel, queue, window)
 
     def _consume(self, channel: Channel, queue: Queue, window: int) -> None:
@@ -419,6 +479,11 @@ class AmqpConsumer(Consumer):
             self._far = far + self._far
             logger.warning("%d messages that are not due yet cannot be put off: %s", len(far), error)
             return
+        except ImproperlyConfigured as error:
+            logger.error("%d messages that are not due yet wait in this worker: %s", len(far), error)
+            for held in far:
+                heapq.heappush(self._later, (held.due, held.tag, held))
+            return
         for held in far:
             held.state = Held.GONE
         self._acknowledge(far)
@@ -437,7 +502,7 @@ class AmqpConsumer(Consumer):
             if delivery.early:
                 held.acked = True
                 self._acks.append(held)
-            elif delivery.redelivered:
+            elif delivery.redelivered or held.key[3]:
                 marks.append(held.key[:3])
         if marks and self.notes is not None and self.notes.enabled:
             self._link.note(amqp_notes.started(marks))
@@ -608,14 +673,17 @@ class AmqpConsumer(Consumer):
         self._keep_alive()
         mono = monotonic()
         if self._satisfied_mono and mono - self._satisfied_mono > LINGER_S:
-            self._quick = False
+            self._quick = self._seeking = False
             self._unsubscribe()
             self._give_back_ahead()
-        if self._orphans:
+        if self._orphans and mono >= self._seek_mono:
+            # Their messages are at the head of their queues, unless another worker has them.
+            self._seeking = True
+            self._seek_mono, self._seek_pause_s = mono + self._seek_pause_s, min(2 * self._seek_pause_s, 60.0)
             self._subscribe(0, 1)
         if self._far:
             self._send_far()
-        for key in [key for key, since in self._doubtful.items() if mono - since > 3600.0]:
+        for key in [key for key, since in self._doubtful.items() if mono - since > DOUBTED_S]:
             del self._doubtful[key]
         while len(self._doubtful) > MOST_DOUBTED:
             del self._doubtful[next(iter(self._doubtful))]

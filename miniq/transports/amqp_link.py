@@ -14,25 +14,26 @@ from time import monotonic
 from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
 
 from ..connections.amqp import Channel, ChannelError, Options, Refusal, Server
-from ..exceptions import ImproperlyConfigured, OperationalError
+from ..exceptions import EncodeError, ImproperlyConfigured, OperationalError
 from ..message import Delivery, Message
 from ..routing import Exchange, Queue
 from . import amqp_notes
-from .amqp_delay import ENTRANCE
 from .amqp_message import to_content
 from .amqp_topology import CELERYS_OWN, declare_exchange, declare_queue, exchanges_of, left_until, refused
-from .amqp_waiting import Waiting
+from .amqp_waiting import DEAD, Waiting, declare_dead
 from .base import what_is_unroutable
 
 logger = logging.getLogger(__name__)
 
-#: Where messages are set aside, and the header that says why.
-DEAD, DEAD_HEADER = "_miniq.dead", "x-miniq-dead"
+#: The header by which a message that was published again is told from the one whose place it takes.
+COPY = "x-miniq-copy"
+#: The header that says why a message was set aside.
+DEAD_HEADER = "x-miniq-dead"
 
 #: What a channel publishes: exchange, routing key, properties, headers, body, mandatory.
 Item = Tuple[str, str, Dict[str, Any], Dict[str, Any], bytes, bool]
-#: What tells a message from others: queue, task id, retries, counted starts.
-Key = Tuple[str, Any, Any, int]
+#: What tells a message from others: queue, task id, retries, counted starts, which copy it is.
+Key = Tuple[str, Any, Any, int, Any]
 
 
 class Held:
@@ -60,7 +61,7 @@ class Held:
         self.subscription = subscription
         self.queue = subscription.queue.name
         self.delivery = delivery
-        self.key: Key = ("", "", 0, 0)
+        self.key: Key = ("", "", 0, 0, "")
         #: How often it was started, as far as is known; the start here included.
         self.starts = 0
         self.state = Held.HERE
@@ -174,10 +175,10 @@ class Link:
     def way(self, queue: str, left_s: float, deadline_mono: float) -> Tuple[str, str]:
         """Return exchange and routing key for a message to a queue which is due in `left_s`."""
         known = self.declared.get(queue)
-        found = self.waiting.known_way(known, queue, left_s)
-        if found is None:
+        is_there, _, _, found = self.waiting.way(known, queue, left_s)
+        if not is_there:
             with self.channel(left_until(deadline_mono)) as channel:
-                found = self.waiting.way(channel, known, queue, left_s, deadline_mono)
+                self.waiting.declare_way(channel, known, queue, left_s, deadline_mono)
         return found
 
     # -- publish
@@ -212,6 +213,8 @@ class Link:
                 self.send(items, left_until(deadline_mono), True, accepted)
                 return
             raise refused(error, "publishing") from error
+        except (TypeError, ValueError) as error:
+            raise EncodeError(f"a message that AMQP cannot carry: {error}") from error
         bad = [(one, refusal) for one, refusal in zip(items, refusals) if refusal is not None]
         if bad:
             if accepted is not None:
@@ -227,7 +230,7 @@ class Link:
             with self.channel(left_until(deadline_mono)) as channel:
                 for exchange in found:
                     declare_exchange(channel, exchange, deadline_mono)
-        if any(name.startswith(("_miniq.", "celery_delayed")) for name in names):
+        if any(name.startswith("_miniq.") for name in names):
             self.waiting.forget()
         return bool(found)
 
@@ -251,9 +254,12 @@ class Link:
             if not exchange and routing_key in self.declared and not again:
                 missing.append(one)
                 continue
-            if exchange == ENTRANCE or exchange.startswith("_miniq."):
+            if exchange.startswith("_miniq."):
                 self.waiting.forget()
                 raise OperationalError(f"the queues in which messages wait to be due are gone: {exchange!r}")
+            if not exchange and routing_key == DEAD:
+                self._has_dead = False
+                raise OperationalError(f"{self.server.url}: queue {DEAD} was deleted; it is declared again")
             kind = self.exchanges[exchange].type if exchange in self.exchanges else "direct"
             if not exchange:
                 raise ImproperlyConfigured(
@@ -287,6 +293,7 @@ class Link:
 
     def _copy(self, delivery: Delivery, starts: int, exchange: str, key: str) -> Tuple[Message, Item]:
         properties, headers = to_content(delivery.message, starts)
+        headers = {**headers, COPY: os.urandom(6).hex()}
         return delivery.message, (exchange, key, properties, headers, delivery.message.body, True)
 
     def publish_copies(self, copies: List[Tuple[Message, Item]]) -> None:
@@ -301,7 +308,7 @@ class Link:
         """Set a message aside."""
         if not self._has_dead:
             with self.channel() as channel:
-                self.declare_dead(channel)
+                declare_dead(channel, monotonic() + self.options.socket_timeout)
             self._has_dead = True
         message, (_, _, properties, headers, body, _) = self._copy(delivery, starts, "", DEAD)
         told = {
@@ -311,10 +318,6 @@ class Link:
         # It stays until somebody looks at it.
         properties.pop("expiration", None)
         self.hand_over([(message, ("", DEAD, properties, headers, body, True))], self.options.socket_timeout)
-
-    def declare_dead(self, channel: Channel) -> None:
-        """Create the queue of what was set aside, or find it."""
-        channel.call("queue.declare", queue=DEAD, durable=True)
 
     def tell_revoked(self, task_ids: List[str], until: float) -> None:
         """Let the consumers here know what is noted, at once."""

@@ -25,6 +25,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from ..codecs.amqp import ChannelClosed, Deliver
 from ..connections.amqp import Channel, ChannelError, Connection
+from ..exceptions import OperationalError
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,11 @@ class Notes:
         self._mark = ""
         self._marked = False
 
-    def attach(self, connection: Connection) -> None:
-        """Begin to read on a new connection, from where the last one ended; the first time, read all."""
+    def attach(self, connection: Connection, write: Callable[[bytes], None]) -> None:
+        """Begin to read on a new connection, from where the last one ended; the first time, read all.
+
+        `write` writes a note, over another connection.
+        """
         self._channel = None
         if not self.enabled:
             return
@@ -101,13 +105,18 @@ class Notes:
             return
         self._channel = channel
         if not self._marked:
-            self._read_all(connection, channel)
+            self._read_all(connection, write)
 
-    def _read_all(self, connection: Connection, channel: Channel) -> None:
+    def _read_all(self, connection: Connection, write: Callable[[bytes], None]) -> None:
         """Wait until all is read that was there before: a note of our own ends it."""
         self._mark = os.urandom(8).hex()
-        body = json.dumps({"mark": self._mark}).encode()
-        channel.publish([("", STREAM, {"delivery_mode": 2}, {}, body, False)], READ_TIMEOUT_S)
+        try:
+            write(json.dumps({"mark": self._mark}).encode())
+        except OperationalError as error:
+            # A server that is short of memory takes nothing, and yet hands out what it has.
+            logger.warning("notes of other workers may come late: %s", error)
+            self._marked = True
+            return
         connection.wait(
             lambda: self._marked or self._channel is None, monotonic() + READ_TIMEOUT_S, "reading the notes"
         )

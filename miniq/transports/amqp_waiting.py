@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The way of messages that are not due: which of the two layouts, and that it is there.
+"""The way of messages that are not due, and that it is there.
 
-Messages for a quorum queue go through Celery's native layout, all others through the ladder
-(`amqp_delay` has both as data).  What is declared is remembered for this process, until the server
-turns out to have lost it.
+What is put off here goes up the ladder: queues of the type that the task's queue has, so that a
+message is nowhere kept less safely than in its own.  Celery's native layout is declared, and leads into
+the quorum queues that are consumed here, for what Celery's clients send through it (`amqp_delay` has
+both as data, and what is wrong with the native one).
+
+What is declared is remembered, until the server turns out to have lost it.
 """
 
 from __future__ import annotations
 
-import logging
 from time import monotonic
 from typing import Any, Dict, Iterable, Optional, Set, Tuple
 
@@ -17,74 +19,90 @@ from ..routing import Queue
 from . import amqp_delay as layout
 from .amqp_topology import is_quorum, left_until, refused
 
-logger = logging.getLogger(__name__)
-
-#: Seconds for the declaration of the whole native layout, 56 objects and their bindings.
+#: Where messages are set aside.
+DEAD = layout.DEAD
+#: Seconds for the declaration of the whole native layout, 57 objects and their bindings.
 NATIVE_TIMEOUT_S = 30.0
 
 
 class Waiting:
-    """What one transport knows of the layouts on its server."""
+    """What one link knows of the layouts on its server."""
 
-    def __init__(self, hold_s: float, queue_type: str) -> None:
+    def __init__(self, hold_s: float, native_type: str) -> None:
         self._hold_s = hold_s
-        self._queue_type = queue_type
-        self._levels: Set[int] = set()
-        self._has_native = False
-        self._bound: Set[str] = set()
+        self._native_type = native_type
+        #: (type, level) of the ladder, and quorum queues that what is due comes to.
+        self._levels: Set[Tuple[str, int]] = set()
+        self._ends: Set[str] = set()
+        self._has_native = self._has_end = False
 
     def forget(self) -> None:
         """Declare everything again when it is needed: the server does not have it any more."""
         self._levels.clear()
-        self._bound.clear()
-        self._has_native = False
+        self._ends.clear()
+        self._has_native = self._has_end = False
 
     def is_far(self, left_s: float) -> bool:
         """Say whether a message is due so late that it waits in the server."""
         return layout.level(left_s, self._hold_s) is not None
 
-    def known_way(self, queue: Optional[Queue], name: str, left_s: float) -> Optional[Tuple[str, str]]:
-        """Return what `way` does, None where something is to be declared first."""
-        if queue is not None and is_quorum(queue) and layout.can_be_reached(name):
-            return (layout.ENTRANCE, layout.routing_key(left_s, name)) if name in self._bound else None
-        level = layout.level(left_s, 0.0) or 0
-        return (layout.ladder_name(level), name) if level in self._levels else None
-
     def way(
+        self, queue: Optional[Queue], name: str, left_s: float
+    ) -> Tuple[bool, str, int, Tuple[str, str]]:
+        """Return whether the way to the queue `name` is there, its type, its level, and (exchange, key)."""
+        kind = "quorum" if is_quorum(queue) else "classic"
+        level = layout.level(left_s, 0.0) or 0
+        is_there = (kind, level) in self._levels and (kind == "classic" or name in self._ends)
+        return is_there, kind, level, (layout.ladder_name(level, kind), name)
+
+    def declare_way(
         self, channel: Channel, queue: Optional[Queue], name: str, left_s: float, deadline_mono: float
-    ) -> Tuple[str, str]:
-        """Return exchange and routing key for a message to the queue `name`, due in `left_s`."""
-        if queue is not None and is_quorum(queue) and layout.can_be_reached(name):
-            self.bind(channel, queue, deadline_mono)
-        else:
-            level = layout.level(left_s, 0.0) or 0
-            self._declare(channel, layout.ladder_declarations(level), deadline_mono)
-            self._levels.add(level)
-        found = self.known_way(queue, name, left_s)
-        assert found is not None
-        return found
+    ) -> None:
+        """Declare what `way` needs."""
+        _, kind, level, _ = self.way(queue, name, left_s)
+        if kind == "quorum":
+            assert queue is not None
+            self._declare_end(channel, queue, deadline_mono)
+        self._declare(channel, layout.ladder_declarations(level, kind), deadline_mono)
+        self._levels.add((kind, level))
+
+    def _declare_end(self, channel: Channel, queue: Queue, deadline_mono: float) -> None:
+        """Let what was put off come to a quorum queue."""
+        if not self._has_end:
+            declare_dead(channel, deadline_mono)
+            self._declare(channel, layout.due_declarations(), deadline_mono)
+            self._has_end = True
+        self._declare(channel, layout.due_bindings(queue), deadline_mono)
+        self._ends.add(queue.name)
 
     def bind(self, channel: Channel, queue: Queue, deadline_mono: float) -> None:
-        """Let the native layout lead into a quorum queue; nothing to do for others."""
-        if queue.name in self._bound or not is_quorum(queue):
+        """Let both layouts lead into a queue that is consumed from here, if it is a quorum queue."""
+        if not is_quorum(queue):
             return
+        self._declare_end(channel, queue, deadline_mono)
         if not self._has_native:
-            self._declare_native(channel)
+            declarations = layout.native_declarations(self._native_type)
+            self._declare(channel, declarations, monotonic() + NATIVE_TIMEOUT_S)
+            self._has_native = True
         self._declare(channel, layout.native_bindings(queue), deadline_mono)
-        self._bound.add(queue.name)
-
-    def _declare_native(self, channel: Channel) -> None:
-        deadline_mono = monotonic() + NATIVE_TIMEOUT_S
-        # The last binding of it is seen by nobody; but whoever began to declare it goes on to its end.
-        self._declare(channel, layout.native_declarations(self._queue_type), deadline_mono)
-        self._has_native = True
 
     def _declare(
         self, channel: Channel, declarations: Iterable[Tuple[str, Dict[str, Any]]], deadline_mono: float
     ) -> None:
         for method, arguments in declarations:
-            try:
-                channel.call(method, timeout_s=left_until(deadline_mono), **arguments)
-            except ChannelError as error:
-                name = arguments.get("queue") or arguments.get("exchange") or arguments.get("destination")
-                raise refused(error, f"{method} of {name!r}, where messages wait to be due") from error
+            _call(channel, method, arguments, deadline_mono)
+
+
+def declare_dead(channel: Channel, deadline_mono: float) -> None:
+    """Declare the queue of what was set aside, with the exchange to which the server sets aside."""
+    _call(channel, "exchange.declare", {"exchange": DEAD, "type": "fanout", "durable": True}, deadline_mono)
+    _call(channel, "queue.declare", {"queue": DEAD, "durable": True}, deadline_mono)
+    _call(channel, "queue.bind", {"queue": DEAD, "exchange": DEAD}, deadline_mono)
+
+
+def _call(channel: Channel, method: str, arguments: Dict[str, Any], deadline_mono: float) -> None:
+    try:
+        channel.call(method, timeout_s=left_until(deadline_mono), **arguments)
+    except ChannelError as error:
+        name = arguments.get("queue") or arguments.get("exchange") or arguments.get("destination")
+        raise refused(error, f"{method} of {name!r}, where messages wait or are set aside") from error
