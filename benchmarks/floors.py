@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import selectors
 import socket
 import sqlite3
-import struct
 import subprocess
 import sys
 import time
+from typing import Any, List, Tuple
+
+from children import Children
 
 ENVELOPE = "e" * 800  #: about what headers and properties of a message take
 BODY = b'[[2, 3], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
@@ -93,15 +94,8 @@ def drain_batched(path: str, n: int, batch: int, results: bool) -> float:
     return n / (time.perf_counter() - start)
 
 
-def _child(link: socket.socket) -> None:
-    """Read frames, decode the body, add, answer: the least a child can do."""
-    while True:
-        data = link.recv(65536)
-        if not data:
-            return
-        args = json.loads(data[4:])[0]
-        answer = json.dumps({"status": "SUCCESS", "result": args[0] + args[1]}).encode()
-        link.send(struct.pack("!I", len(answer)) + answer)
+def _args_of(body: bytes) -> Any:
+    return json.loads(body)[0]
 
 
 def drain_with_children(path: str, n: int, children: int, results: bool) -> float:
@@ -112,57 +106,36 @@ def drain_with_children(path: str, n: int, children: int, results: bool) -> floa
     """
     fill(path, n)
     db = connect(path, "NORMAL")
-    context = multiprocessing.get_context("fork")
-    selector = selectors.DefaultSelector()
-    processes = []
-    idle = []
-    for _ in range(children):
-        ours, theirs = socket.socketpair()
-        process = context.Process(target=_child, args=(theirs,))
-        process.start()
-        theirs.close()
-        selector.register(ours, selectors.EVENT_READ)
-        processes.append((process, ours))
-        idle.append(ours)
-    running = {}
+    pool = Children(children, _args_of)
     done = 0
-    finished = []
+    ended: List[Tuple[int, bytes]] = []
     start = time.perf_counter()
     while done < n:
         db.execute("BEGIN IMMEDIATE")
-        if finished:
+        if ended:
             if results:
                 db.executemany(
-                    "INSERT INTO results VALUES(?, ?)", ((os.urandom(16).hex(), b) for _, b in finished)
+                    "INSERT INTO results VALUES(?, ?)", ((os.urandom(16).hex(), b) for _, b in ended)
                 )
-            db.executemany("DELETE FROM messages WHERE id = ? AND owner = 1", [(i,) for i, _ in finished])
+            db.executemany("DELETE FROM messages WHERE id = ? AND owner = 1", [(i,) for i, _ in ended])
         rows = db.execute(
             "SELECT id, envelope, body FROM messages WHERE state = 0 AND queue = 'celery'"
             " ORDER BY priority DESC, due, id LIMIT ?",
-            (len(idle),),
+            (pool.idle,),
         ).fetchall()
         db.executemany(
             "UPDATE messages SET state = 1, owner = 1, deliveries = deliveries + 1 WHERE id = ?",
             [(row[0],) for row in rows],
         )
         db.execute("COMMIT")
-        done += len(finished)
-        finished = []
+        done += len(ended)
+        ended = []
         for row in rows:
-            link = idle.pop()
-            running[link] = row[0]
-            link.send(struct.pack("!I", len(row[2])) + row[2])
-        if not running:
-            continue
-        for key, _ in selector.select():
-            link = key.fileobj
-            finished.append((running.pop(link), link.recv(65536)))
-            idle.append(link)
+            pool.give(row[0], row[2])
+        if pool.busy:
+            ended = pool.wait()
     rate = n / (time.perf_counter() - start)
-    for process, link in processes:
-        link.close()
-        process.terminate()  # a sibling holds a copy of its link, so it would never see the end of it
-        process.join()
+    pool.close()
     return rate
 
 

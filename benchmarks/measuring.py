@@ -7,8 +7,13 @@ import os
 import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
-#: Everything that targets speak of: (who, what) -> per second, seconds or a share.
+#: Everything that the targets of one run speak of: (who, what) -> per second, seconds or a share.
 FIGURES: Dict[Tuple[str, str], float] = {}
+
+
+def note(what: str, value: float, who: str = "miniq") -> float:
+    FIGURES[who, what] = value
+    return value
 
 
 def show(name: str, value: str, floor: str = "", ratio: str = "") -> None:
@@ -28,19 +33,43 @@ def percentiles(times: List[float]) -> str:
     return f"p50 {percentile(times, 0.5) * 1e3:.2f} ms, p99 {percentile(times, 0.99) * 1e3:.2f} ms"
 
 
-def by_turns(calls: List[Callable[[], object]], turns: int, n: int = 250) -> List[List[Tuple[float, float]]]:
+def by_turns(
+    calls: List[Callable[[], object]],
+    turns: int,
+    n: int = 250,
+    between: Callable[[int], object] = lambda index: None,
+) -> List[List[Tuple[float, float]]]:
     """Time `n` of each call, one kind after the other, again and again, so that a disturbance meets all.
 
+    After each turn `between` is called with the index of the call, untimed.
     Return for each call its (calls per second, CPU seconds of this process per call), one pair a turn.
     """
     found: List[List[Tuple[float, float]]] = [[] for _ in calls]
     for _ in range(turns):
-        for call, pairs in zip(calls, found):
+        for index, (call, pairs) in enumerate(zip(calls, found)):
             cpu, start = time.process_time(), time.perf_counter()
             for _ in range(n):
                 call()
             took, used = time.perf_counter() - start, time.process_time() - cpu
             pairs.append((n / took, used / n))
+            between(index)
+    return found
+
+
+def middle(pairs: List[Tuple[float, float]]) -> float:
+    """The median rate of what `by_turns` found."""
+    return percentile([rate for rate, _ in pairs], 0.5)
+
+
+def latencies_by_turns(calls: List[Callable[[], object]], n: int) -> List[List[float]]:
+    """Time each call `n` times, one of each in turn with a short rest before it; return seconds."""
+    found: List[List[float]] = [[] for _ in calls]
+    for _ in range(n):
+        for call, times in zip(calls, found):
+            time.sleep(0.002)
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
     return found
 
 
@@ -121,6 +150,15 @@ class Target(NamedTuple):
     base: Optional[Callable[[], Optional[float]]] = None
     unit: str = "x"
     scale: float = 1.0
+
+
+def of_fastest_peer(what: str) -> Optional[float]:
+    found = [value for (name, figure), value in FIGURES.items() if name != "miniq" and figure == what]
+    return max(found) if found else None
+
+
+def of_celery(what: str) -> Optional[float]:
+    return FIGURES.get(("Celery", what))
 
 
 def show_targets(title: str, targets: List[Target]) -> None:

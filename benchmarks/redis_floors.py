@@ -12,14 +12,14 @@ import base64
 import json
 import multiprocessing
 import os
-import selectors
 import shutil
 import socket
-import struct
 import subprocess
 import time
 import uuid
-from typing import Any, Callable, Dict, List, Optional, cast
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from children import Children
 
 QUEUE = "celery"
 BODY = b'[[2, 3], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
@@ -246,18 +246,8 @@ def drain_batched(server: Server, n: int, batch: int, results: bool, length: int
     return rate
 
 
-def _child(link: socket.socket) -> None:
-    """Read messages, decode them, add, answer: the least a child can do."""
-    while True:
-        data = link.recv(65536)
-        if not data:
-            return
-        message = json.loads(data[4:])
-        args = json.loads(base64.b64decode(message["body"]))[0]
-        answer = json.dumps(
-            {"status": "SUCCESS", "result": args[0] + args[1], "task_id": message["headers"]["id"]}
-        ).encode()
-        link.send(struct.pack("!I", len(answer)) + answer)
+def _args_of(message: bytes) -> Any:
+    return json.loads(base64.b64decode(json.loads(message)["body"]))[0]
 
 
 def drain_with_children(server: Server, n: int, children: int, results: bool, length: int) -> float:
@@ -268,49 +258,28 @@ def drain_with_children(server: Server, n: int, children: int, results: bool, le
     fill(server, n, length)
     wire = Wire(server.port)
     sha = wire.call("SCRIPT", "LOAD", CLAIM)
-    context = multiprocessing.get_context("fork")
-    selector = selectors.DefaultSelector()
-    processes = []
-    idle = []
-    for _ in range(children):
-        ours, theirs = socket.socketpair()
-        process = context.Process(target=_child, args=(theirs,))
-        process.start()
-        theirs.close()
-        selector.register(ours, selectors.EVENT_READ)
-        processes.append((process, ours))
-        idle.append(ours)
-    running: Dict[Any, bytes] = {}
-    finished: List[Any] = []
+    pool = Children(children, _args_of)
+    ended: List[Tuple[bytes, bytes]] = []
     done = 0
     start = time.perf_counter()
     while done < n:
         ending = []
-        if finished:
-            ending = _settling([tag for tag, _ in finished], [r for _, r in finished] if results else None)
-            done += len(finished)
-            finished = []
-        claim = command("EVALSHA", sha, 3, QUEUE, "unacked", "unacked_index", len(idle), time.time())
+        if ended:
+            tags = [tag for tag, _ in ended]
+            ending = _settling(tags, [answer for _, answer in ended] if results else None)
+            done += len(ended)
+            ended = []
+        claim = command("EVALSHA", sha, 3, QUEUE, "unacked", "unacked_index", pool.idle, time.time())
         wire.socket.sendall(b"".join(ending) + claim)
         for _ in ending:
             wire.reply()
         found = wire.reply()
         for tag, message in zip(found[::2], found[1::2]):
-            link = idle.pop()
-            running[link] = tag
-            link.send(struct.pack("!I", len(message)) + message)
-        if not running:
-            continue
-        for key, _ in selector.select():
-            link = cast(socket.socket, key.fileobj)
-            finished.append((running.pop(link), link.recv(65536)[4:]))
-            idle.append(link)
+            pool.give(tag, message)
+        if pool.busy:
+            ended = pool.wait()
     rate = n / (time.perf_counter() - start)
-    for process, link in processes:
-        link.close()
-        process.terminate()  # a sibling holds a copy of its link, so it would never see the end of it
-        process.join()
-    selector.close()
+    pool.close()
     wire.close()
     return rate
 

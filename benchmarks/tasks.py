@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
 from miniq import MiniQ
 
 url = os.environ.get("BENCH_BROKER", "sqlite:///bench.db")
-app = MiniQ("bench", broker=url, backend=url)
+app = MiniQ("bench", broker=url, backend=os.environ.get("BENCH_RESULTS", url) or None)
 app.conf.worker_enable_remote_control = True
-if os.environ.get("BENCH_OPTIONS"):
-    app.conf.broker_transport_options = dict(
-        pair.split("=") for pair in os.environ["BENCH_OPTIONS"].split(",")
-    )
+app.conf.broker_transport_options = json.loads(os.environ.get("BENCH_OPTIONS", "{}"))
 
 
 @app.task
@@ -33,3 +31,28 @@ def stamp(path, due):
     late = time.time() - due
     with open(path, "a") as file:
         file.write(f"{late:.6f}\n")
+
+
+# The verbs that the apps of others have too.
+
+
+def send(task):
+    task.delay(2, 3)
+
+
+def bulk(task, n):
+    """Send `n` calls, a thousand at once, through the transport itself."""
+    producer = app.producer
+    producer.transport.declare(app.router.queues["celery"])
+    if not task.ignore_result:
+        app.backend.before_call(60.0)
+    options = {"ignore_result": task.ignore_result}
+    for begin in range(0, n, 1000):
+        share = range(begin, min(n, begin + 1000))
+        producer.transport.publish(
+            [producer.prepare(task.name, (2, 3), {}, options, task).publication for _ in share], 60.0
+        )
+
+
+def ask():
+    return add.delay(2, 3).get(timeout=30)
