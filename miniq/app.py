@@ -31,7 +31,7 @@ from typing import (
 )
 
 from . import _state, signals
-from .backends.base import BACKENDS, Backend, backend_class
+from .backends.base import BACKENDS, CALLERS, Backend, backend_class
 from .canvas import Signature, signature
 from .conf import Settings
 from .control import Control
@@ -380,15 +380,51 @@ class MiniQ:
     def new_backend(self, url: Optional[str] = None) -> Backend:
         """Return a new connection to a result backend that nobody shares."""
         url, conf = url or self.backend_url(), self.conf
-        is_redis = _is_served_as_redis(url, BACKENDS)
+        if url.partition(":")[0].lower() == "rpc":
+            return self._new_rpc_backend(url)
+        is_redis = _is_served_as("redis", url, BACKENDS)
         options = conf.options_for_redis(True) if is_redis else conf.result_backend_transport_options
         return backend_class(url)(url, options, self.wall)
+
+    def _new_rpc_backend(self, url: str) -> Backend:
+        """Return a way to results that travel through the broker."""
+        broker, conf = self.broker_url(write=True), self.conf
+        if not _is_served_as("amqp", broker, TRANSPORTS):
+            raise ImproperlyConfigured(
+                f"result backend {mask_url(url)!r} sends results through a RabbitMQ broker (amqp://), and the"
+                f" broker is {mask_url(broker)!r}; set result_backend to a store, or to the broker's own URL"
+            )
+        if url.partition("://")[2]:
+            warnings.warn(
+                f"result_backend {mask_url(url)!r}: results go through the broker {mask_url(broker)!r},"
+                " whatever is written here; write rpc://",
+                stacklevel=2,
+            )
+        options = {
+            **self.broker_options(broker),
+            "reply_address": lambda: self.identity[1],
+            "result_expires": conf.result_expires,
+            "result_persistent": conf.result_persistent,
+        }
+        return backend_class(url)(broker, options, self.wall)
+
+    def _asked_before_calls(self, task: Optional[BaseTask]) -> Optional[Backend]:
+        """Return the backend of the task where it has to do something before a call, else None."""
+        url = task._backend if task is not None else None
+        if url is None:
+            url = self.conf.result_backend
+        if isinstance(url, str):
+            return self.backend_for(url) if url.startswith(CALLERS) else None
+        return url if isinstance(url, Backend) else None
 
     def broker_options(self, url: str) -> Dict[str, Any]:
         """Return the options of the transport for this broker."""
         conf = self.conf
-        is_redis = _is_served_as_redis(url, TRANSPORTS)
-        return conf.options_for_redis(False) if is_redis else conf.broker_transport_options
+        if _is_served_as("redis", url, TRANSPORTS):
+            return conf.options_for_redis(False)
+        if _is_served_as("amqp", url, TRANSPORTS):
+            return conf.options_for_amqp()
+        return conf.broker_transport_options
 
     # -- tasks
 
@@ -516,9 +552,11 @@ class MiniQ:
         if not isinstance(producer, Producer):
             raise TypeError(f"producer must be a miniq Producer, not {producer!r:.200}")
         prepared = producer.prepare(name, args, kwargs, options, task)
-        producer.publish(
-            prepared, get("retry"), get("retry_policy"), get("timeout") or get("confirm_timeout")
-        )
+        timeout_s = get("timeout") or get("confirm_timeout")
+        backend = self._asked_before_calls(task)
+        if backend is not None and prepared.publication.message.headers["ignore_result"]:
+            backend = None
+        producer.publish(prepared, get("retry"), get("retry_policy"), timeout_s, backend)
         result: AsyncResult = AsyncResult(
             prepared.task_id,
             task._backend if task is not None else None,
@@ -607,9 +645,9 @@ class MiniQ:
 # -- small helpers -------------------------------------------------------------------------------
 
 
-def _is_served_as_redis(url: str, table: Mapping[str, str]) -> bool:
-    """Say whether a URL, maybe the first of several, belongs to the same store as ``redis://``."""
-    return table.get(url.partition("://")[0].lower()) == table["redis"]
+def _is_served_as(scheme: str, url: str, table: Mapping[str, str]) -> bool:
+    """Say whether a URL, maybe the first of several, belongs to the same store as one with `scheme`."""
+    return table.get(url.partition("://")[0].lower()) == table[scheme]
 
 
 def _whole_redis_url(url: str, conf: Settings) -> str:

@@ -105,7 +105,7 @@ class Control:
             cause = exception_to_dict(TaskRevokedError("revoked"))
             backend.store(
                 [
-                    app.runner.encode(Context(id=one), states.REVOKED, cause, None)
+                    app.runner.encode(Context(id=one, reply_to=app.thread_oid), states.REVOKED, cause, None)
                     for one in ids
                     if one not in known or known[one].state in _NOT_STARTED
                 ]

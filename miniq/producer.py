@@ -20,6 +20,7 @@ from operator import attrgetter
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from . import _state, signals
+from .backends.base import Backend
 from .canvas import as_list, check_signatures
 from .conf import SETTINGS
 from .exceptions import EncodeError, ImproperlyConfigured, OperationalError, UnknownOption
@@ -377,8 +378,11 @@ class Producer:
         retry: Optional[bool] = None,
         retry_policy: Optional[Mapping[str, Any]] = None,
         timeout_s: Optional[float] = None,
+        backend: Optional[Backend] = None,
     ) -> None:
         """Publish one message; return when the broker has it.
+
+        `backend` is told before, where it has to do something for the answer.
 
         Raises `OperationalError` after `task_publish_timeout` (or `timeout_s`) seconds in all, or
         when the retry policy gives up earlier.
@@ -393,8 +397,11 @@ class Producer:
         try:
             transport = self.transport
             left_s = timeout_s
+            if backend is not None:
+                backend.before_call(timeout_s)
+                left_s = max(0.001, begun_mono + timeout_s - time.monotonic())
             if queue is not None:
-                transport.declare(queue, timeout_s)
+                transport.declare(queue, left_s)
                 left_s = max(0.001, begun_mono + timeout_s - time.monotonic())
             transport.publish((publication,), left_s)
         except OperationalError as error:
@@ -404,7 +411,7 @@ class Producer:
         if failure is not None:
             # Out here, so that what is raised at last is one error and not all of them.
             policy = retry_policy or conf.task_publish_retry_policy
-            self._publish_again(prepared, policy, begun_mono + timeout_s, failure)
+            self._publish_again(prepared, policy, begun_mono + timeout_s, failure, backend)
         if signals.after_task_publish.receivers:
             message = publication.message
             signals.after_task_publish.send(
@@ -416,7 +423,12 @@ class Producer:
             )
 
     def _publish_again(
-        self, prepared: Prepared, policy: Mapping[str, Any], deadline_mono: float, error: OperationalError
+        self,
+        prepared: Prepared,
+        policy: Mapping[str, Any],
+        deadline_mono: float,
+        error: OperationalError,
+        backend: Optional[Backend],
     ) -> None:
         """Retry by Celery's policy: pause interval_start, then interval_step more, up to interval_max."""
         pause_s: float = policy["interval_start"]
@@ -431,6 +443,8 @@ class Producer:
             pause_s = min(pause_s + policy["interval_step"], policy["interval_max"])
             try:
                 transport = self.transport
+                if backend is not None:
+                    backend.before_call(max(0.001, deadline_mono - time.monotonic()))
                 if prepared.queue is not None:
                     transport.declare(prepared.queue, max(0.001, deadline_mono - time.monotonic()))
                 transport.publish((prepared.publication,), max(0.001, deadline_mono - time.monotonic()))

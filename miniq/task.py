@@ -380,7 +380,9 @@ class Task:
             raise ValueError("update_state outside a running task needs task_id=")
         if not state:
             raise ValueError("update_state needs state=, an upper-case word such as 'PROGRESS'")
-        own = request if request.id == task_id else Context(id=task_id, is_eager=request.is_eager)
+        own = request
+        if request.id != task_id:
+            own = Context(id=task_id, is_eager=request.is_eager, reply_to=request.reply_to)
         runner = self.app.eager_runner if own.is_eager else self.app.runner
         runner.store_state(self, own, state, meta, traceback)
 

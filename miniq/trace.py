@@ -349,7 +349,11 @@ class TaskRunner:
         for step in request.chain or ():
             sig = signature(step, app=self.app)
             if sig.id:
-                later = Context(id=sig.id, task=sig.task, ignore_result=sig.options.get("ignore_result"))
+                get = sig.options.get
+                reply_to = get("reply_to") or request.reply_to
+                later = Context(
+                    id=sig.id, task=sig.task, ignore_result=get("ignore_result"), reply_to=reply_to
+                )
                 if self.keeps(self.app.tasks.get(sig.task), later, failed=True):
                     results.append(self.encode(later, states.FAILURE, cause, traceback))
         return results, self._errbacks(request, error, traceback)
@@ -400,6 +404,8 @@ class TaskRunner:
         """Send the next chain step, the rest of the chain with it."""
         rest = list(request.chain or ())
         step = signature(rest.pop(), app=self.app)
+        # Who called the first step waits for the last one.
+        step.options.setdefault("reply_to", request.reply_to)
         return self._follow(request, step, (value,), {"chain": rest})
 
     def _errbacks(
@@ -566,7 +572,8 @@ class TaskRunner:
             # Arguments that came in by another serializer are no reason to lose the result.
             meta.update(args=safe_repr(request.args), kwargs=safe_repr(request.kwargs))
             content_type, encoding, body = dumps(meta, conf.result_serializer)
-        return StoredResult(task_id, state, body, content_type, encoding, conf.result_expires)
+        expires_s, reply_to = conf.result_expires, request.reply_to or ""
+        return StoredResult(task_id, state, body, content_type, encoding, expires_s, reply_to)
 
 
 # -- small helpers -------------------------------------------------------------------------------

@@ -481,7 +481,7 @@ def test_after_close_the_app_connects_again(sqlite_url: str) -> None:
 def test_brokers_are_chosen_by_their_url(app: MiniQ) -> None:
     app.conf.broker_write_url = "memory://write"
     assert (app.broker_url(write=True), app.broker_url()) != (app.broker_url(), app.broker_url(write=True))
-    for url in ("kafka://localhost", "amqp://guest:s3cret@localhost"):
+    for url in ("kafka://localhost", "qpid://guest:s3cret@localhost"):
         app.conf.broker_write_url = url
         with pytest.raises(ImproperlyConfigured) as caught:
             app.producer.new_transport(write=True)

@@ -37,13 +37,19 @@ BACKENDS: Dict[str, str] = {
     "valkey": ".redis:RedisBackend",
     "valkey+socket": ".redis:RedisBackend",
     "valkeys": ".redis:RedisBackend",
+    "rpc": ".rpc:RpcBackend",
 }
+
+
+#: Schemes whose backends have something to do before a call is published.
+CALLERS = ("rpc",)
 
 
 class StoredResult(NamedTuple):
     """An encoded meta, opaque to the store.
 
-    `expires_s` is how long it is kept, None for ever.
+    `expires_s` is how long it is kept, None for ever.  `reply_to` is the address that the call named
+    for its answer: what is sent there and not stored needs it.
     """
 
     task_id: str
@@ -52,6 +58,7 @@ class StoredResult(NamedTuple):
     content_type: str
     content_encoding: str
     expires_s: Optional[float]
+    reply_to: str = ""
 
 
 class Backend:
@@ -68,6 +75,12 @@ class Backend:
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
         """Remember `url` and `options` (``result_backend_transport_options``); open nothing yet."""
         raise NotImplementedError
+
+    def before_call(self, timeout_s: float) -> None:
+        """Get ready for the answer, before a call that expects one is published.
+
+        Only called where the scheme is one of CALLERS; raises `OperationalError`.
+        """
 
     def store(self, results: Sequence[StoredResult]) -> None:
         """Write results, each only where `states.may_replace` allows it.

@@ -153,7 +153,7 @@ class RedisBackend(Backend):
             self._write(
                 [
                     store_op(prefix + task_id, body, expires_s, state)
-                    for task_id, state, body, _, _, expires_s in results
+                    for task_id, state, body, _, _, expires_s, _ in results
                 ],
                 first.task_id,
                 first.state,

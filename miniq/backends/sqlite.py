@@ -68,7 +68,7 @@ class SQLiteBackend(Backend):
                 None if expires_s is None else now + expires_s,
                 now,
             )
-            for task_id, state, body, content_type, encoding, expires_s in results
+            for task_id, state, body, content_type, encoding, expires_s, _ in results
         ]
         first = results[0]
         for result in results:

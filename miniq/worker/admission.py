@@ -309,7 +309,10 @@ class Admission:
         task_id = headers.get("id")
         reason = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
         if isinstance(task_id, str) and task_id and not headers.get("ignore_result"):
-            request = Context(id=task_id, task=str(headers.get("task")), hostname=self.hostname)
+            reply_to = delivery.message.properties.get("reply_to")
+            request = Context(
+                id=task_id, task=str(headers.get("task")), hostname=self.hostname, reply_to=reply_to
+            )
             batch.results.append(
                 self.settler.runner.encode(request, states.FAILURE, exception_to_dict(error), None)
             )

@@ -152,7 +152,9 @@ class Request:
 
     def context(self) -> Context:
         """Return the request as the task's handlers see it, without what is in the body."""
-        return Context(self.delivery.message.headers, hostname=self.hostname, called_directly=False)
+        message = self.delivery.message
+        reply_to = message.properties.get("reply_to")
+        return Context(message.headers, hostname=self.hostname, called_directly=False, reply_to=reply_to)
 
     def execution(self, runner: TaskRunner) -> Execution:
         """Return the run as its process would have begun it; without arguments if they cannot be read."""

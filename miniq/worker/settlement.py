@@ -257,7 +257,8 @@ class Settler:
         headers = delivery.message.headers
         if headers.get("ignore_result"):
             return []
-        request = Context(headers, hostname=self.hostname)
+        reply_to = delivery.message.properties.get("reply_to")
+        request = Context(headers, hostname=self.hostname, reply_to=reply_to)
         return [self.runner.encode(request, states.REVOKED, exception_to_dict(TaskRevokedError(why)), None)]
 
     def announce_revoked(
