@@ -13,6 +13,7 @@ comment says otherwise.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings as _warnings
 from datetime import timedelta, tzinfo
@@ -866,7 +867,7 @@ class Settings:
         """Return the transport options for RabbitMQ, for messages and for what comes over ``rpc://``."""
         return {
             **self._options_for_server(),
-            "heartbeat": int(self.broker_heartbeat or 0),
+            "heartbeat": math.ceil(self.broker_heartbeat or 0),
             "login_method": self.broker_login_method,
             "delayed_queue_type": self.broker_native_delayed_delivery_queue_type,
             **_tls_options(self.broker_use_ssl),

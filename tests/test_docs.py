@@ -11,18 +11,20 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Set, Tuple
 
 import pytest
 from workers import ROOT, Program, environment
 
 from miniq import AsyncResult, MiniQ, Task, conf, signals
+from miniq.cli.amqp_commands import COMMANDS
 from miniq.cli.main import build_parser
-from miniq.connections import redis_options
+from miniq.connections import amqp_options, redis_options
 from miniq.connections.sqlite import Options
 from miniq.pools.base import POOLS
 from miniq.producer import CALL_OPTIONS
 from miniq.task import DECORATOR_OPTIONS
+from miniq.transports.base import transport_class
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.rst"
@@ -158,6 +160,7 @@ def test_settings_that_nothing_reads_are_marked_and_no_others() -> None:
 #: What looks like a setting and is something else.
 OTHER_NAMES = {
     *vars(signals), *vars(MiniQ), *vars(AsyncResult), *Options._fields, *redis_options.Options._fields,
+    *amqp_options.Options._fields,
     *(path.stem for path in (ROOT / "miniq").rglob("*.py")),
     "task_id", "task_name", "task_cls", "task_ids",
 }  # fmt: skip
@@ -261,39 +264,80 @@ def test_options_of_the_sqlite_file_are_all_there_with_their_defaults() -> None:
     assert documented == {name: str(default) for name, default in Options._field_defaults.items()}
 
 
-_TABLE = text_of("redis").partition("Option  ")[2].partition("\nKeys\n")[0]
-#: (name, default, meaning) of each.
-OPTIONS_OF_REDIS = re.findall(r"^``(\w+)`` +`*(.+?)`*  +(.+)$", _TABLE, re.MULTILINE)
+def options_of(page: str) -> List[Tuple[str, str, str]]:
+    """Return (name, default, meaning) of each option of a server, from its table."""
+    table = text_of(page).partition("Option  ")[2].partition("\n\n")[0]
+    return re.findall(r"^``(\w+)`` +`*(.+?)`*  +(.+)$", table, re.MULTILINE)
 
 
-def test_options_of_redis_are_all_there_with_their_defaults() -> None:
-    documented = {name: default for name, default, _ in OPTIONS_OF_REDIS}
-    defaults = redis_options.Options._field_defaults
-    assert documented == {name: repr(default) for name, default in defaults.items()}
-
-
-def test_options_of_redis_that_nothing_reads_are_said_to_be_without_effect_and_no_others() -> None:
+def sources_of(names: str) -> str:
+    """Return the source of the modules with such names, and of what all servers share."""
     shared = [ROOT / "miniq" / "connections" / name for name in ("options.py", "servers.py")]
-    files = [*(ROOT / "miniq").rglob("redis*.py"), *shared]
-    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    marked = {name for name, _, text in OPTIONS_OF_REDIS if "without effect" in text}
-    assert marked == {name for name, _, _ in OPTIONS_OF_REDIS if not re.search(rf"\.{name}\b", source)}
+    files = [*(ROOT / "miniq").rglob(names), *shared]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
-def test_keys_on_the_redis_server_are_those_that_are_written() -> None:
-    own = re.compile(r"_miniq\.([a-z_]+)")
-    stores = [*(ROOT / "miniq").rglob("redis*.py"), ROOT / "miniq/connections/listener.py"]
-    written = set(own.findall("\n".join(path.read_text(encoding="utf-8") for path in stores)))
-    # A channel that nobody ever subscribes to is no key.
-    assert set(own.findall(text_of("redis"))) == written - {"nobody"}
+each_server = pytest.mark.parametrize(
+    ("page", "module", "names"),
+    [("redis", redis_options, "redis*.py"), ("rabbitmq", amqp_options, "amqp*.py")],
+    ids=["redis", "rabbitmq"],
+)
 
 
-def test_redis_urls_on_the_page_are_understood() -> None:
-    shown = re.findall(r"^``(\S+://\S+)``  ", text_of("redis"), re.MULTILINE)
-    assert len(shown) == 7
+@each_server
+def test_options_of_a_server_are_all_there_with_their_defaults(page: str, module: Any, names: str) -> None:
+    documented = {name: default for name, default, _ in options_of(page)}
+    assert documented == {name: repr(one) for name, one in module.Options._field_defaults.items()}
+
+
+@each_server
+def test_options_that_nothing_reads_are_said_to_be_without_effect_and_no_others(
+    page: str, module: Any, names: str
+) -> None:
+    source = sources_of(names)
+    marked = {name for name, _, text in options_of(page) if "without effect" in text}
+    assert marked == {name for name in module.Options._fields if not re.search(rf"\.{name}\b", source)}
+
+
+@each_server
+def test_urls_on_the_page_of_a_server_are_understood(page: str, module: Any, names: str) -> None:
+    shown = re.findall(r"^``(\S+://\S+)``  ", text_of(page), re.MULTILINE)
+    assert len(shown) == {"redis": 7, "rabbitmq": 6}[page]
     for url in shown:
-        options = redis_options.Options.read({}, url)
-        assert redis_options.endpoints(url, options)
+        assert module.endpoints(url, module.Options.read({}, url))
+        transport_class(url)
+
+
+def test_rabbitmq_urls_mean_what_is_said_of_them() -> None:
+    rows = re.findall(r"^``(\S+://\S+)``  +the virtual host ``([^`]+)``", text_of("rabbitmq"), re.MULTILINE)
+    assert len(rows) == 2
+    for url, name in rows:
+        assert amqp_options.endpoints(url, amqp_options.Options())[0].virtual_host == name
+
+
+def test_other_names_of_options_of_rabbitmq_are_understood() -> None:
+    table = text_of("rabbitmq").partition("Option  ")[2]
+    rows = re.findall(r"^``(\w+)``  .*; also(.*\n(?: .*\n)*)", table, re.MULTILINE)
+    assert [name for name, _ in rows] == ["connect_timeout", "socket_timeout"]
+    for name, others in rows:
+        for other in re.findall(r"``(\w+)``", others):
+            assert getattr(amqp_options.Options.read({other: 1.5}), name) == 1.5, other
+
+
+@pytest.mark.parametrize(("page", "names"), [("redis", "redis*.py"), ("rabbitmq", "amqp*.py")])
+def test_names_on_the_server_are_those_that_are_written(page: str, names: str) -> None:
+    own = re.compile(r"_miniq\.([a-z_]+)")
+    source = sources_of(names)
+    if page == "redis":
+        source += (ROOT / "miniq" / "connections" / "listener.py").read_text(encoding="utf-8")
+    # A channel that nobody ever subscribes to is no key.
+    assert set(own.findall(text_of(page))) == set(own.findall(source)) - {"nobody"}
+
+
+def test_commands_of_the_amqp_shell_are_all_there() -> None:
+    table = text_of("rabbitmq").partition("\nCommand  ")[2].partition("\n\n")[0]
+    rows = re.findall(r"^``(\S+)``  ", table, re.MULTILINE)
+    assert rows == list(COMMANDS)
 
 
 def test_pools_are_all_there() -> None:
