@@ -132,9 +132,9 @@ def define(app: Any, kind: str) -> Any:
         return self.request.retries
 
     @bound
-    def put_off(self: Any, key: str) -> Any:
+    def put_off(self: Any, key: str, seconds: float = 0.5) -> Any:
         if not self.request.retries:
-            raise self.retry(exc=Refused("not yet", 0), countdown=0.5)
+            raise self.retry(exc=Refused("not yet", 0), countdown=seconds)
         return self.request.retries
 
     @bound

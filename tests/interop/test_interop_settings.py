@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Settings that change what is on the server, the same on both sides; and queues on other exchanges."""
+"""Settings that change what is in Redis, the same on both sides; and queues on other exchanges."""
 
 from __future__ import annotations
 
 import time
-import uuid
 from typing import Any, Dict, Iterator
 
 import pytest
-from interop_fleet import PAIRS, TIMEOUT_S, Fleet, Side, skip_without_celery
+from interop_fleet import PAIRS, TIMEOUT_S, Fleet, Side, get, new_key, skip_without_celery
 from waiting import wait_until
 
 from miniq import Exchange, Queue
@@ -28,10 +27,6 @@ SETTINGS: Dict[str, Any] = {
 }
 
 
-def get(result: Any) -> Any:
-    return result.get(timeout=TIMEOUT_S)
-
-
 @pytest.fixture(scope="module")
 def shop(fleet: Fleet) -> Iterator[Fleet]:
     """The fleet with one more worker of each kind, which has these settings."""
@@ -42,8 +37,9 @@ def shop(fleet: Fleet) -> Iterator[Fleet]:
     }
     for kind, options in more.items():
         fleet.start(
-            f"shop_{kind}", kind, f"to_{kind},news_{kind}", "-c", "1", db=DB, news=f"news_{kind}", **options
-        )
+            f"shop_{kind}", kind, f"to_{kind},news_{kind}", "-c", "1",
+            space=DB, news=f"news_{kind}", **options,
+        )  # fmt: skip
         fleet.side(kind, DB, news="news_of_nobody", **options)
     for kind in more:
         fleet.workers[f"shop_{kind}"].wait_ready()
@@ -88,7 +84,7 @@ def test_times_of_another_zone_are_the_same_moment(shop: Fleet, caller: str, wor
 
 @pytest.mark.parametrize("caller", ["celery", "miniq"])
 def test_what_goes_to_a_fanout_exchange_is_run_by_workers_of_both_kinds(shop: Fleet, caller: str) -> None:
-    key = uuid.uuid4().hex
+    key = new_key()
     shop.side(caller, DB).call("note", key, queue="news_of_nobody", ignore_result=True)
     lines = shop.journal.of
     wait_until(lambda: len(lines(key)) == 2, TIMEOUT_S, lambda: f"both ran it: {lines(key)}")
@@ -134,7 +130,7 @@ def test_what_one_side_binds_the_other_side_reaches(fleet: Fleet, declarer: str,
 
 def test_what_a_leaving_celery_worker_hands_back_a_miniq_worker_runs(shop: Fleet) -> None:
     side, leaver, journal = shop.side("miniq", DB), shop.workers["shop_celery"], shop.journal
-    keys = [uuid.uuid4().hex for _ in range(4)]
+    keys = [new_key() for _ in range(4)]
     running = side.call("hold", keys[0], queue="to_celery")
     wait_until(lambda: journal.of(keys[0]), TIMEOUT_S, "the first one runs")
     waiting = [side.call("note", key, queue="to_celery") for key in keys[1:]]
