@@ -46,10 +46,13 @@ def precedence(state: str) -> int:
 def may_replace(new: str, old: str) -> bool:
     """Say whether a stored result in state `old` may be overwritten by one in state `new`.
 
-    SUCCESS is final; a final state only gives way to another final one.
+    SUCCESS is final; a final state only gives way to another final one.  STARTED, which the worker tells,
+    comes after what the task itself has told meanwhile, and does not replace that.
     """
     if old == SUCCESS:
         return False
+    if new == STARTED:
+        return old in UNREADY_STATES
     return new in READY_STATES or old not in READY_STATES
 
 

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 from ..connections.sqlite import MAX_VARIABLES, Database, Options, path_of
 from ..exceptions import BackendGetMetaError, BackendStoreError, OperationalError
-from ..states import READY_STATES
+from ..states import READY_STATES, UNREADY_STATES
 from .base import Backend, StoredResult, pause_between_looks_s
 
 #: Rows that one `expire` deletes in one transaction, and how many of these it does at most.
@@ -25,6 +25,7 @@ EXPIRE_ROUNDS = 100
 MAX_BODY_BYTES = 999_000_000
 
 _FINAL = ", ".join(f"'{state}'" for state in sorted(READY_STATES))
+_UNREADY = ", ".join(f"'{state}'" for state in sorted(UNREADY_STATES))
 # states.may_replace in SQL; a result past its time is as good as none.
 _STORE = (
     "INSERT INTO results(task_id, state, body, content_type, content_encoding, expires)"
@@ -32,7 +33,8 @@ _STORE = (
     " ON CONFLICT(task_id) DO UPDATE SET state=excluded.state, body=excluded.body, expires=excluded.expires,"
     " content_type=excluded.content_type, content_encoding=excluded.content_encoding"
     " WHERE (results.state<>'SUCCESS'"
-    f" AND (excluded.state IN ({_FINAL}) OR results.state NOT IN ({_FINAL}))) OR results.expires<=?"
+    f" AND (excluded.state IN ({_FINAL}) OR results.state NOT IN ({_FINAL}))"
+    f" AND (excluded.state<>'STARTED' OR results.state IN ({_UNREADY}))) OR results.expires<=?"
 )
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from struct import Struct
 from struct import error as StructError
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
 
 from .amqp_wire import (
     FRAME_BODY,
@@ -61,6 +61,7 @@ _FRAME_TYPES = {
 
 _HEARTBEAT = encode_frame(FRAME_HEARTBEAT, 0, b"")
 _DELIVER, _ACK = METHODS["basic.deliver"].begin, METHODS["basic.ack"].begin
+_OPEN_OK = METHODS["channel.open-ok"].begin
 _tag_at = Struct(">QB").unpack_from
 #: A whole frame of basic.ack, basic.reject or basic.nack: they differ in their ids only.
 _settle = Struct(">BHIHHQBB").pack
@@ -238,7 +239,7 @@ class Peer:
     """
 
     __slots__ = (
-        "_data", "_at", "_held", "_failure", "_state", "_channels", "_replies", "_routes",
+        "_data", "_at", "_held", "_failure", "_state", "_channels", "_closed_there", "_replies", "_routes",
         "_max_body_bytes", "_max_payload_bytes", "_channel_max",
     )  # fmt: skip
 
@@ -254,6 +255,8 @@ class Peer:
         self._failure: Optional[str] = None
         self._state = _START
         self._channels: Dict[int, _Channel] = {}
+        #: Channels that the server closed, until they are open again: some messages may still be on their way.
+        self._closed_there: Set[int] = set()
         self._replies: List[bytes] = []
         #: (channel, exchange, routing key, mandatory) -> frame of basic.publish.
         self._routes: Dict[Tuple[int, str, str, bool], bytes] = {}
@@ -328,6 +331,9 @@ class Peer:
         if self._state is _CLOSING or self._state is _CLOSED:
             return None
         channel = self._channels.get(number)
+        if self._closed_there and number in self._closed_there:
+            if channel is None or payload[:4] != _OPEN_OK or kind != FRAME_METHOD:
+                return None
         if channel is None:
             raise ProtocolError(f"a {_FRAME_TYPES[kind]} on channel {number}, which is not open")
         if channel.state is _CLOSING:
@@ -403,6 +409,7 @@ class Peer:
             return None
         if name == "channel.open-ok":
             channel.state = _OPEN
+            self._closed_there.discard(number)
         return Method(number, name, args)
 
     def _method_while_closing(self, number: int, payload: bytes) -> Optional[Event]:
@@ -416,10 +423,14 @@ class Peer:
         return None
 
     def _channel_closed(self, number: int, args: Dict[str, Any], closing: bool) -> Event:
-        """Answer the server's channel.close; if ours is under way, the number is free when it is answered."""
+        """Answer the server's channel.close; if ours is under way, the number is free when it is answered.
+
+        RabbitMQ goes on sending messages until it has our answer.
+        """
         self._reply(number, "channel.close-ok", {})
         if not closing:
             del self._channels[number]
+            self._closed_there.add(number)
         cause = method_name(args["class_id"], args["method_id"])
         return ChannelClosed(number, args["reply_code"], args["reply_text"], cause)
 

@@ -12,7 +12,7 @@ import selectors
 from time import monotonic
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
-from ..codecs.amqp import Acked, Cancelled, ChannelClosed, Deliver, GetOk, Method, Returned
+from ..codecs.amqp import Acked, Cancelled, ChannelClosed, ConnectionClosed, Deliver, GetOk, Method, Returned
 from ..exceptions import ImproperlyConfigured, MiniqError, OperationalError
 from ..text import truncate
 from .amqp_confirms import Batch, Item, Refusal, pieces
@@ -130,21 +130,27 @@ class Channel:
 
     def ack(self, delivery_tag: int, multiple: bool = False) -> None:
         """Acknowledge a delivery, or all up to it, with the next flush."""
-        if self.closed is not None:
-            self.check()
-        self.connection.write(self.connection.peer.ack(self.number, delivery_tag, multiple))
+        self._settle(self.connection.peer.ack, delivery_tag, multiple)
 
     def nack(self, delivery_tag: int, multiple: bool = False, requeue: bool = True) -> None:
         """Refuse a delivery, or all up to it, with the next flush."""
-        if self.closed is not None:
-            self.check()
-        self.connection.write(self.connection.peer.nack(self.number, delivery_tag, multiple, requeue))
+        self._settle(self.connection.peer.nack, delivery_tag, multiple, requeue)
 
     def reject(self, delivery_tag: int, requeue: bool = True) -> None:
         """Refuse one delivery with the next flush."""
+        self._settle(self.connection.peer.reject, delivery_tag, requeue)
+
+    def _settle(self, frame: Callable[..., bytes], *args: Any) -> None:
         if self.closed is not None:
             self.check()
-        self.connection.write(self.connection.peer.reject(self.number, delivery_tag, requeue))
+        try:
+            data = frame(self.number, *args)
+        except ValueError:
+            told = [one for one in self.connection.events if one.channel in (0, self.number)]
+            if any(isinstance(one, (ChannelClosed, ConnectionClosed)) for one in told):
+                return  # the server has closed it, which we are about to take: it wants no ack any more
+            raise
+        self.connection.write(data)
 
     def close(self, timeout_s: Optional[float] = None) -> None:
         """Close it and free its number; does nothing where server or line were first."""

@@ -53,6 +53,7 @@ local call = redis.call
 local unacked, index, prefix = KEYS[1], KEYS[2], ARGV[1]
 local held = prefix .. '_miniq.held.'
 local FINAL = {SUCCESS = true, FAILURE = true, REVOKED = true}
+local UNREADY = {PENDING = true, RECEIVED = true, STARTED = true, REJECTED = true, RETRY = true}
 
 -- Lua hands some 8000 values over at most; even, for pairs.
 local MOST = 4000
@@ -106,6 +107,7 @@ local function store(key, body, px, state)
   if old then
     local had = state_of(key, old)
     if had == 'SUCCESS' or (FINAL[had] and not FINAL[state]) then return end
+    if state == 'STARTED' and not UNREADY[had] then return end
   end
   local sidecar = '_miniq.state.' .. key
   local compressed = string.sub(body, 1, 19) == '\\0celery-compressed\\0'

@@ -24,6 +24,7 @@ from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, S
 
 from ..connections.amqp import Channel, ChannelError, Options
 from ..routing import Queue
+from ..times import to_epoch
 from . import amqp_notes
 from .amqp_consumer import AmqpConsumer
 from .amqp_link import COPY, DEAD_HEADER, Item, Link
@@ -66,23 +67,20 @@ class AmqpTransport(Transport):
     # -- publish
 
     def publish(self, publications: Sequence[Publication], timeout_s: float) -> None:
-        link = self.link
-        step = link.open_step
         deadline_mono = monotonic() + timeout_s
-        if step is not None:
-            if link.sent_before:
-                publications = [p for p in publications if link.sent_before.pop(id(p.message), None) is None]
-            step.own += [p.message for p in publications]
-        link.hand_over([(p.message, self._item(p, deadline_mono)) for p in publications], timeout_s)
+        self.link.hand_over([(p.message, self._item(p, deadline_mono)) for p in publications], timeout_s)
 
     def _item(self, publication: Publication, deadline_mono: float) -> Item:
         message, exchange, routing_key = publication
         properties, headers = to_content(message)
         eta = message.headers.get("eta")
-        if eta is not None and not exchange:
-            left_s = due_at(message, self.link.wall()) - self.link.wall()
-            if self.link.waiting.is_far(left_s):
-                exchange, routing_key = self.link.way(routing_key, left_s, deadline_mono)
+        if eta is not None:
+            link = self.link
+            left_s = due_at(message, link.wall()) - link.wall()
+            if not exchange and link.waiting.is_far(left_s):
+                exchange, routing_key = link.way(routing_key, left_s, deadline_mono)
+            elif exchange and link.waiting.is_far(left_s):
+                exchange, routing_key = link.native_way(exchange, routing_key, left_s, deadline_mono)
         return exchange, routing_key, properties, headers, message.body, "task" in headers
 
     # -- transactions
@@ -149,12 +147,13 @@ class AmqpTransport(Transport):
             told = message.headers.pop(DEAD_HEADER, None)
             take_starts(message.headers)
             message.headers.pop(COPY, None)
-            take_added(message.headers)
+            added = take_added(message.headers)
             if not isinstance(told, dict):
                 # By the server itself.
                 told = {
                     "id": f"due-{message.headers.get('id')}", "queue": found.routing_key,
                     "reason": f"queue {found.routing_key} was gone when it was due",
+                    "at": _died_at(added),
                 }  # fmt: skip
             letter = DeadLetter(
                 str(told.get("id", "")), str(told.get("queue", "")), str(told.get("reason", "")),
@@ -185,3 +184,12 @@ class AmqpTransport(Transport):
             consumer.close()
         self.link.declared.clear()
         self.link.waiting.forget()
+
+
+def _died_at(added: Mapping[str, Any]) -> float:
+    """Return when the server took a message out of the queue in which it waited (epoch seconds)."""
+    deaths = added.get("x-death")
+    try:
+        return to_epoch(deaths[0]["time"]) if deaths else 0.0
+    except (KeyError, TypeError, ValueError):
+        return 0.0

@@ -22,19 +22,20 @@ import logging
 import os
 import random
 from collections import deque
+from functools import partial
 from time import monotonic
 from typing import Any, Deque, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from ..codecs.amqp import Cancelled, ChannelClosed, Deliver
 from ..connections.amqp import Channel, ChannelError, Connection
-from ..exceptions import ImproperlyConfigured, OperationalError
-from ..message import Delivery
+from ..exceptions import ImproperlyConfigured, MiniqError, OperationalError
+from ..message import Delivery, Message
 from ..routing import Queue
 from . import amqp_notes
-from .amqp_delay import strip_prefix
+from .amqp_delay import is_native
 from .amqp_link import COPY, Held, Key, Link, Subscription
 from .amqp_message import from_content, redeliveries, take_added, take_starts
-from .amqp_topology import declare_queue, refused
+from .amqp_topology import declare_queue, goes_unused
 from .base import Consumer, NotOurs, due_at, pause_after_loss_s
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ QUICK_S = 0.02
 #: What came ahead and is not wanted for so long goes back.
 LINGER_S = 0.5
 #: Messages a subscription is for, at least and at most, in quick succession.
-LEAST_AHEAD, MOST_AHEAD = 16, 256
+LEAST_AHEAD, MOST_AHEAD = 32, 256
 #: Messages held here until they are due, at most.
 MOST_HELD = 1000
 #: An acknowledgement may be lost with its connection for so long, and the message come again so much
@@ -83,6 +84,8 @@ class AmqpConsumer(Consumer):
         self._by_tag: Dict[str, Subscription] = {}
         self._made = 0
         self._turns = 0
+        #: From which queue the last message was taken.
+        self._last_queue = ""
         #: Tag -> what is not acknowledged, in the order of the tags.
         self._unsettled: Dict[int, Held] = {}
         self._ready: Dict[str, Deque[Held]] = {}
@@ -102,7 +105,8 @@ class AmqpConsumer(Consumer):
         self._seek_mono = 0.0
         self._seek_pause_s = 1.0
         self._quick = False
-        self._satisfied_mono = 0.0
+        #: Since when nothing is wanted, and since when something waits here that came since the last poll.
+        self._satisfied_mono = self._arrived_mono = 0.0
         self._opened_mono = 0.0
         #: How often in a row the server had messages and sent none.
         self._overdue = 0
@@ -126,11 +130,9 @@ class AmqpConsumer(Consumer):
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._connection = self._channel = None
-        connection, channel = self._connection, self._channel
-        if connection is not None and not connection.broken and channel is not None and not channel.closed:
-            return channel
+        connection, channel = self._connection, self._live()
         if channel is not None:
-            self._lose()
+            return channel
         if self._refusal:
             # Not again at once: whoever asks makes a pause.
             text, self._refusal = self._refusal, ""
@@ -147,12 +149,11 @@ class AmqpConsumer(Consumer):
             self._connection = connection = new
             self.moved = True
             if self.notes is not None:
-                self.notes.attach(connection, self._link.note)
+                self.notes.attach(connection, partial(self._link.note, at_once=True))
         channel = connection.open_channel()
         try:
             for queue in self._queues.values():
-                declare_queue(channel, queue, self._deadline())
-                self._link.waiting.bind(channel, queue, self._deadline())
+                self._declare(channel, queue)
         except BaseException as error:
             channel.close()
             if isinstance(error, ImproperlyConfigured) and self._opened_mono:
@@ -164,6 +165,38 @@ class AmqpConsumer(Consumer):
         self._opened_mono = self._heard_mono = monotonic()
         self._deleted.clear()
         self.woken = True
+        self._keep_used()
+        return channel
+
+    def _declare(self, channel: Channel, queue: Queue) -> None:
+        declare_queue(channel, queue, self._deadline())
+        self._link.waiting.bind(channel, queue, self._deadline())
+        self._link.remember(queue)
+
+    def _declare_again(self, channel: Channel) -> None:
+        """Declare what was deleted under us."""
+        while self._deleted:
+            name = self._deleted.pop()
+            if name in self._queues:
+                self._declare(channel, self._queues[name])
+
+    def _keep_used(self) -> None:
+        """Consume at all times from queues that the server would delete otherwise."""
+        for queue in self._queues.values():
+            if queue.name not in self._subscriptions and goes_unused(queue) and self._channel is not None:
+                self._consume(self._channel, queue, MOST_AHEAD if queue.auto_delete else 1)
+
+    def _live(self) -> Optional[Channel]:
+        """Return the channel, None where it is lost; it may have been closed in the middle of a call."""
+        connection, channel = self._connection, self._channel
+        if connection is None or channel is None:
+            return None
+        if channel.closed is not None:
+            self._on_channel_closed(channel.closed)
+            return None
+        if connection.broken:
+            self._lose()
+            return None
         return channel
 
     def _deadline(self) -> float:
@@ -264,7 +297,8 @@ class AmqpConsumer(Consumer):
             subscription = self._by_tag.get(event.consumer_tag)
             if subscription is not None:
                 name = subscription.queue.name
-                logger.warning("queue %s was deleted; it is declared again and consumed from", name)
+                text = "queue %s was deleted, or the server ended its consumer: it is declared and consumed again"
+                logger.warning(text, name)
                 if self._subscriptions.get(name) is subscription:
                     del self._subscriptions[name]
                 self._link.declared.pop(name, None)
@@ -297,7 +331,10 @@ class AmqpConsumer(Consumer):
     def _on_deliver(self, event: Deliver) -> None:
         subscription = self._by_tag.get(event.consumer_tag)
         if subscription is None:
-            return  # of a channel that is lost
+            # Never to be passed over: an acknowledgement of many would include it.
+            if self._channel is not None:
+                self._channel.nack(event.delivery_tag, False, True)
+            return
         subscription.out += 1
         held = self._open(event, subscription)
         self._unsettled[event.delivery_tag] = held
@@ -307,7 +344,7 @@ class AmqpConsumer(Consumer):
         message = held.delivery.message
         now = self._wall()
         due = due_at(message, now) if message.headers.get("eta") is not None else now
-        if event.redelivered and held.starts > 1:
+        if event.redelivered and held.starts > 1 and not 0 < self.delivery_limit <= held.starts:
             # It may be what its workers died of.
             due = max(due, now + pause_after_loss_s(held.starts, self.random.random()))
         self._put(held, due, now)
@@ -316,6 +353,7 @@ class AmqpConsumer(Consumer):
         """Sort in what came, by when it is due."""
         if due <= now:
             self._ready.setdefault(held.queue, deque()).append(held)
+            self._arrived_mono = self._arrived_mono or monotonic()
         elif due - now <= self._hold_s and len(self._later) < MOST_HELD:
             held.due = due
             heapq.heappush(self._later, (due, held.tag, held))
@@ -329,18 +367,24 @@ class AmqpConsumer(Consumer):
         copy = message.headers.pop(COPY, "")
         added = take_added(message.headers)
         headers = message.headers
-        start = (subscription.queue.name, str(headers.get("id")), headers.get("retries") or 0)
-        delivery = Delivery(
-            message, None, subscription.queue.name, event.exchange, strip_prefix(event.routing_key)
-        )
+        name, retries = headers.get("id"), headers.get("retries")
+        if type(name) is not str:
+            # As in protocol 1, or from a stranger; without a name nothing is taken for it.
+            name = message.properties.get("correlation_id") or os.urandom(8).hex()
+        retries = retries if type(retries) is int else 0
+        exchange, routing_key = event.exchange, event.routing_key
+        if is_native(exchange):
+            # How it was published is not known any more; so a retry goes to this queue.
+            exchange, routing_key = "", subscription.queue.name
+        delivery = Delivery(message, None, subscription.queue.name, exchange, routing_key)
         held = Held(self, event.delivery_tag, self._epoch, subscription, delivery)
-        held.key = (*start, counted, copy)
+        held.key = (subscription.queue.name, name, retries, counted, str(copy))
         held.returns = redeliveries(added)
-        if event.redelivered or counted:
+        if event.redelivered:
             if self.notes is not None and self.notes.starts:
-                starts += self.notes.starts.get(start, 0)
+                starts += self.notes.starts.get(held.key, 0)
             # The first start was not noted, or there was none.
-            starts += not counted
+            starts += not counted and self.delivery_limit != 1
         held.starts = delivery.deliveries = starts
         delivery.redelivered = event.redelivered
         delivery.tag = held
@@ -353,6 +397,8 @@ class AmqpConsumer(Consumer):
             logger.info("the message of task %s came again and joins its run", held.key[1])
             orphan.tag, orphan.epoch, orphan.subscription = held.tag, held.epoch, held.subscription
             self._unsettled[held.tag] = orphan
+            if orphan.acked:
+                self._acknowledge([orphan])
             return True
         if self._doubtful.pop(held.key, None) is not None:
             logger.info("the message of task %s came again after its end and is acknowledged", held.key[1])
@@ -362,6 +408,10 @@ class AmqpConsumer(Consumer):
         return False
 
     # -- taking
+
+    @property
+    def at_hand(self) -> int:
+        return sum(map(len, self._ready.values()))
 
     def poll(self, limit: int) -> List[Delivery]:
         link = self._link
@@ -373,7 +423,8 @@ class AmqpConsumer(Consumer):
             self._quick = mono - self._satisfied_mono < QUICK_S
             self._satisfied_mono = 0.0
         self._connected()
-        self._read()
+        if self.at_hand < limit:
+            self._read()
         self.woken = False
         if self._far:
             self._send_far()
@@ -382,26 +433,33 @@ class AmqpConsumer(Consumer):
             _, _, held = heapq.heappop(self._later)
             self._ready.setdefault(held.queue, deque()).append(held)
         found = self._choose(limit)
+        self._arrived_mono = 0.0
         self._subscribe(limit - len(found), limit)
         for held in found:
+            held.handed_out = True
             link.take(held)
         return [self._told(held) for held in found]
 
     def _choose(self, limit: int) -> List[Held]:
         """Take what is next: the highest priority, and by turns where that is equal."""
         found: List[Held] = []
-        queues = [waiting for waiting in self._ready.values() if waiting]
-        if len(queues) == 1:
-            (waiting,) = queues
+        names = [name for name, waiting in self._ready.items() if waiting]
+        if len(names) > 1 and self._last_queue in names:
+            at = names.index(self._last_queue) + 1
+            names = names[at:] + names[:at]
+        queues = [self._ready[name] for name in names]
+        while len(queues) > 1 and len(found) < limit:
+            # The first of those whose head has the highest priority.
+            at = max(range(len(queues)), key=lambda at: queues[at][0].delivery.message.priority)
+            waiting = queues.pop(at)
+            found.append(waiting.popleft())
+            if waiting:
+                queues.append(waiting)
+        for waiting in queues:
             while waiting and len(found) < limit:
                 found.append(waiting.popleft())
-            return found
-        while queues and len(found) < limit:
-            self._turns += 1
-            at = self._turns % len(queues)
-            waiting = max(queues[at:] + queues[:at], key=lambda one: one[0].delivery.message.priority)
-            found.append(waiting.popleft())
-            queues = [one for one in queues if one]
+        if found:
+            self._last_queue = found[-1].queue
         return found
 
     def _told(self, held: Held) -> Delivery:
@@ -428,9 +486,7 @@ class AmqpConsumer(Consumer):
         if self._quick or self._far:
             window = min(max(LEAST_AHEAD, 4 * limit), MOST_AHEAD) + sought
         channel = self._connected()
-        for name in self._deleted & self._queues.keys():
-            declare_queue(channel, self._queues[name], self._deadline())
-        self._deleted.clear()
+        self._declare_again(channel)
         for queue in self._queues.values():
             known = self._subscriptions.get(queue.name)
             if known is None or known.window - known.out < needed:
@@ -439,14 +495,14 @@ class AmqpConsumer(Consumer):
     def _consume(self, channel: Channel, queue: Queue, window: int) -> None:
         """Subscribe, in the place of an older subscription."""
         old = self._subscriptions.pop(queue.name, None)
-        if old is not None:
-            channel.send("basic.cancel", consumer_tag=old.tag, nowait=True)
         try:
+            if old is not None and not old.lasts:
+                self._cancel(channel, old)
             if self._prefetch != window:
                 channel.call("basic.qos", prefetch_count=window)
                 self._prefetch = window
             self._made += 1
-            new = Subscription(queue, f"{self._made}", window)
+            new = Subscription(queue, f"{self._made}", window, goes_unused(queue))
             self._subscriptions[queue.name] = self._by_tag[new.tag] = new
             channel.send(
                 "basic.consume",
@@ -455,35 +511,52 @@ class AmqpConsumer(Consumer):
                 arguments=dict(queue.consumer_arguments or {}),
                 nowait=True,
             )
+            if old is not None and old.lasts:
+                self._cancel(channel, old)
         except ChannelError as error:
-            raise refused(error, f"queue {queue.name!r}") from error
+            # It was declared a moment ago: this may pass.
+            raise OperationalError(f"queue {queue.name!r}: {error}") from error
         if len(self._by_tag) > 1000:
-            self._by_tag = {tag: one for tag, one in self._by_tag.items() if one.out or one is new}
+            recent = list(self._by_tag)[-100:]
+            self._by_tag = {tag: one for tag, one in self._by_tag.items() if one.out or tag in recent}
         self._flush()
 
     def _unsubscribe(self) -> None:
-        channel = self._channel
-        if self._subscriptions and channel is not None:
-            for subscription in self._subscriptions.values():
-                channel.send("basic.cancel", consumer_tag=subscription.tag, nowait=True)
-            self._subscriptions.clear()
+        channel = self._live()
+        if channel is not None:
+            for name, subscription in list(self._subscriptions.items()):
+                if not subscription.lasts:
+                    self._cancel(channel, subscription)
+                    del self._subscriptions[name]
+
+    @staticmethod
+    def _cancel(channel: Channel, subscription: Subscription) -> None:
+        channel.send("basic.cancel", consumer_tag=subscription.tag, nowait=True)
 
     def _send_far(self) -> None:
         """Let what is not due for long wait in the server."""
+        link = self._link
         far, self._far = self._far, []
+        sent: List[Message] = []
         try:
-            self._link.send_now(
-                [self._link.copy_until(held.delivery, held.due, held.key[3]) for held in far]
-            )
-        except OperationalError as error:
-            self._far = far + self._far
-            logger.warning("%d messages that are not due yet cannot be put off: %s", len(far), error)
-            return
-        except ImproperlyConfigured as error:
-            logger.error("%d messages that are not due yet wait in this worker: %s", len(far), error)
-            for held in far:
-                heapq.heappush(self._later, (held.due, held.tag, held))
-            return
+            # A message that only came again was perhaps not started; of more than that there are notes.
+            copies = [
+                link.copy_until(held.delivery, held.due, held.starts if held.starts > 1 else held.key[3])
+                for held in far
+            ]
+            link.send_now(copies, sent)
+            sent = [held.delivery.message for held in far]
+        except MiniqError as error:
+            known = set(map(id, sent))
+            left = [held for held in far if id(held.delivery.message) not in known]
+            if isinstance(error, OperationalError):
+                logger.warning("%d messages that are not due yet cannot be put off: %s", len(left), error)
+                self._far = left
+            else:
+                logger.error("%d messages that are not due yet wait in this worker: %s", len(left), error)
+                for held in left:
+                    heapq.heappush(self._later, (held.due, held.tag, held))
+            far = [held for held in far if id(held.delivery.message) in known]
         for held in far:
             held.state = Held.GONE
         self._acknowledge(far)
@@ -491,26 +564,34 @@ class AmqpConsumer(Consumer):
     # -- settling
 
     def start(self, deliveries: Sequence[Delivery]) -> None:
-        gone = [d for d in deliveries if d.tag.state != Held.HERE or d.tag.epoch != self._epoch]
+        gone = [d for d in deliveries if not self._has(d.tag) or d.tag.epoch != self._epoch]
         if gone:
             raise NotOurs(gone)
+        takes_notes = self.notes is not None and self.notes.enabled
         marks = []
         for delivery in deliveries:
             held: Held = delivery.tag
             held.started = True
             held.starts += 1
+            held.noted = False
             if delivery.early:
                 held.acked = True
                 self._acks.append(held)
-            elif delivery.redelivered or held.key[3]:
-                marks.append(held.key[:3])
-        if marks and self.notes is not None and self.notes.enabled:
+            elif takes_notes and (delivery.redelivered or delivery.deliveries or self.delivery_limit == 1):
+                held.noted = True
+                marks.append(held.key)
+        if marks:
             self._link.note(amqp_notes.started(marks))
-        self._link.step_if_alone()
+        self._link.begin([delivery.tag for delivery in deliveries])
+
+    @staticmethod
+    def _has(held: Held) -> bool:
+        """Say whether the worker has it."""
+        return held.state == Held.HERE and held.handed_out
 
     def ack(self, delivery: Delivery) -> bool:
         held: Held = delivery.tag
-        if held.state != Held.HERE:
+        if not self._has(held):
             return held.doubted
         self._end(held)
         return True
@@ -524,7 +605,7 @@ class AmqpConsumer(Consumer):
 
     def reject(self, delivery: Delivery, requeue: bool, reason: str = "rejected") -> bool:
         held: Held = delivery.tag
-        if held.state != Held.HERE:
+        if not self._has(held):
             return held.doubted
         if requeue:
             starts = min(held.starts, max(self.delivery_limit - 1, 0)) if self.delivery_limit else held.starts
@@ -541,28 +622,43 @@ class AmqpConsumer(Consumer):
         return self.dead_letter(delivery, reason)
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
+        marks = []
         for delivery in reversed(deliveries):
             held: Held = delivery.tag
-            if held.state != Held.HERE:
-                continue
+            if not self._has(held):
+                continue  # a turn that failed has released it before
             if held.started:
                 held.started = False
                 held.starts -= 1
+                if held.noted:
+                    marks.append(held.key)
             if held.acked:
                 self._link.publish_copies([self._link.copy(delivery, held.starts)])
                 self._end(held)
             elif held.epoch == self._epoch:
                 delivery.deliveries = held.starts
-                self._ready.setdefault(held.queue, deque()).appendleft(held)
+                self._wait_again(held)
                 self._satisfied_mono = self._satisfied_mono or monotonic()
-                self.woken = True
             else:
                 self._forget_orphan(held)
+        if marks:
+            self._link.note(amqp_notes.released(marks))
+
+    def _wait_again(self, held: Held) -> None:
+        """Let it wait here, in its old place: the server sent them in their order."""
+        held.handed_out = False
+        waiting = self._ready.setdefault(held.queue, deque())
+        at = 0
+        while at < len(waiting) and waiting[at].tag < held.tag:
+            at += 1
+        waiting.insert(at, held)
+        self.woken = True
 
     def defer(self, delivery: Delivery, until: float) -> bool:
         held: Held = delivery.tag
-        if held.state != Held.HERE:
-            return held.doubted
+        if not self._has(held):
+            # Or a turn that failed has done it before.
+            return held.doubted or held.state == Held.HERE
         now = self._wall()
         if held.acked or until - now > self._hold_s or len(self._later) >= MOST_HELD:
             self._link.publish_copies([self._link.copy_until(delivery, until, held.starts)])
@@ -570,7 +666,7 @@ class AmqpConsumer(Consumer):
         elif held.epoch != self._epoch:
             self._forget_orphan(held)
         else:
-            held.started = False
+            held.started = held.handed_out = False
             delivery.deliveries = held.starts
             self._put(held, until, now)
             self.woken = self.woken or until <= now
@@ -578,7 +674,7 @@ class AmqpConsumer(Consumer):
 
     def dead_letter(self, delivery: Delivery, reason: str) -> bool:
         held: Held = delivery.tag
-        if held.state != Held.HERE:
+        if not self._has(held):
             return held.doubted
         self._link.publish_dead(delivery, reason, held.starts)
         self._end(held)
@@ -599,7 +695,10 @@ class AmqpConsumer(Consumer):
         if self._refused:
             refused_ones, self._refused = self._refused, []
             for held in refused_ones:
-                if self._is_open(held) and self._channel is not None:
+                if self._live() is None or not self._is_open(held):
+                    # It comes again, and must not be taken for one that still runs.
+                    self._orphans.pop(held.key, None)
+                elif self._channel is not None:
                     self._channel.reject(held.tag, False)
         self._flush()
 
@@ -615,20 +714,20 @@ class AmqpConsumer(Consumer):
 
         Should the server not get that, and hand them out here again, they are known.
         """
+        channel = self._live()
         now_mono = monotonic()
         tags = []
         for held in helds:
             if self._is_open(held):
                 tags.append(held.tag)
                 self._recent.append((now_mono, held.key))
-            elif held.state != Held.HERE:
-                # Of a run that its channel did not outlive.
+            else:
+                # Its channel is lost.
                 self._orphans.pop(held.key, None)
                 self._doubtful[held.key] = now_mono
         recent = self._recent
         while recent and (recent[0][0] < now_mono - DOUBT_S or len(recent) > MOST_DOUBTED):
             recent.popleft()
-        channel = self._channel
         if not tags or channel is None:
             return
         tags.sort()
@@ -653,26 +752,37 @@ class AmqpConsumer(Consumer):
         self._acks.clear()
         self._refused.clear()
 
+    def unstart(self, held: Held) -> None:
+        """Nobody will run it."""
+        if self._has(held) and held.started:
+            held.started = False
+            held.starts -= 1
+            if held.acked:
+                # The line broke when that was told: it will come again, and then it is to run.
+                self._recent = deque(one for one in self._recent if one[1] != held.key)
+                self._doubtful.pop(held.key, None)
+                self._forget_orphan(held)
+
     def put_back(self, held: Held) -> None:
         """Nobody will hear that it was taken."""
-        if held.state != Held.HERE or held.epoch != self._epoch:
-            return
-        if held.acked:
-            # The line broke when that was told: it will come again, and then it is to run.
-            self._recent = deque(one for one in self._recent if one[1] != held.key)
-            held.state = Held.GONE
-            return
-        held.started = False
-        held.starts = held.delivery.deliveries
-        self._ready.setdefault(held.queue, deque()).appendleft(held)
-        self.woken = True
+        self.unstart(held)
+        if self._has(held):
+            if held.epoch == self._epoch:
+                held.starts = held.delivery.deliveries
+                self._wait_again(held)
+            else:
+                self._forget_orphan(held)
 
     # -- upkeep
 
     def housekeep(self) -> None:
         self._keep_alive()
+        if self._deleted:
+            self._declare_again(self._connected())
+            self._keep_used()
         mono = monotonic()
-        if self._satisfied_mono and mono - self._satisfied_mono > LINGER_S:
+        idle_since = self._satisfied_mono or self._arrived_mono
+        if idle_since and mono - idle_since > LINGER_S:
             self._quick = self._seeking = False
             self._unsubscribe()
             self._give_back_ahead()
@@ -680,7 +790,8 @@ class AmqpConsumer(Consumer):
             # Their messages are at the head of their queues, unless another worker has them.
             self._seeking = True
             self._seek_mono, self._seek_pause_s = mono + self._seek_pause_s, min(2 * self._seek_pause_s, 60.0)
-            self._subscribe(0, 1)
+            if self._satisfied_mono:
+                self._subscribe(0, 1)
         if self._far:
             self._send_far()
         for key in [key for key, since in self._doubtful.items() if mono - since > DOUBTED_S]:
@@ -691,16 +802,20 @@ class AmqpConsumer(Consumer):
 
     def _give_back_ahead(self) -> None:
         """Let others have what came ahead and is not wanted."""
-        for waiting in self._ready.values():
-            self._give_back(waiting)
+        for name, waiting in self._ready.items():
+            # From where we have to consume they would only come again.
+            if name not in self._subscriptions:
+                self._give_back(waiting)
+        self._arrived_mono = 0.0
 
     def _give_back(self, waiting: Deque[Held]) -> None:
-        """Give back to their places, the last one first."""
+        """Give back to their places; the first one first, as another may get it at once."""
+        channel = self._live()
         while waiting:
-            held = waiting.pop()
+            held = waiting.popleft()
             held.state = Held.GONE
-            if self._is_open(held) and self._channel is not None:
-                self._channel.nack(held.tag, False, True)
+            if self._is_open(held) and channel is not None:
+                channel.nack(held.tag, False, True)
 
     # -- queues
 
@@ -710,19 +825,18 @@ class AmqpConsumer(Consumer):
         return list(self._queues)
 
     def add_queue(self, queue: Queue) -> None:
-        channel = self._connected()
-        declare_queue(channel, queue, self._deadline())
-        self._link.waiting.bind(channel, queue, self._deadline())
+        self._declare(self._connected(), queue)
         self._queues[queue.name] = queue
+        self._keep_used()
         self.woken = True
 
     def cancel_queue(self, name: str) -> None:
         if self._queues.pop(name, None) is None:
             return
+        channel = self._live()
         subscription = self._subscriptions.pop(name, None)
-        channel = self._channel
         if subscription is not None and channel is not None:
-            channel.send("basic.cancel", consumer_tag=subscription.tag, nowait=True)
+            self._cancel(channel, subscription)
         self._give_back(self._ready.pop(name, deque()))
         self._flush()
 

@@ -19,7 +19,16 @@ from ..message import Delivery, Message
 from ..routing import Exchange, Queue
 from . import amqp_notes
 from .amqp_message import to_content
-from .amqp_topology import CELERYS_OWN, declare_exchange, declare_queue, exchanges_of, left_until, refused
+from .amqp_topology import (
+    CELERYS_OWN,
+    declare_exchange,
+    declare_queue,
+    exchanges_of,
+    goes_unused,
+    is_quorum,
+    left_until,
+    refused,
+)
 from .amqp_waiting import DEAD, Waiting, declare_dead
 from .base import what_is_unroutable
 
@@ -27,21 +36,23 @@ logger = logging.getLogger(__name__)
 
 #: The header by which a message that was published again is told from the one whose place it takes.
 COPY = "x-miniq-copy"
+#: Exchanges of queues in which messages wait to be due.
+WAITING_ROOMS = ("_miniq.delay", "celery_delayed_")
 #: The header that says why a message was set aside.
 DEAD_HEADER = "x-miniq-dead"
 
 #: What a channel publishes: exchange, routing key, properties, headers, body, mandatory.
 Item = Tuple[str, str, Dict[str, Any], Dict[str, Any], bytes, bool]
-#: What tells a message from others: queue, task id, retries, counted starts, which copy it is.
-Key = Tuple[str, Any, Any, int, Any]
+#: What tells a message from others, and what its starts are noted by.
+Key = amqp_notes.Start
 
 
 class Held:
     """A message this consumer holds; the `tag` of its delivery."""
 
     __slots__ = (
-        "consumer", "tag", "epoch", "subscription", "queue", "delivery", "key", "starts", "state", "started",
-        "acked", "doubted", "due", "returns",
+        "consumer", "tag", "epoch", "subscription", "queue", "delivery", "key", "starts", "state",
+        "handed_out", "started", "noted", "acked", "doubted", "due", "returns",
     )  # fmt: skip
 
     HERE, ENDING, GONE = range(3)
@@ -65,7 +76,11 @@ class Held:
         #: How often it was started, as far as is known; the start here included.
         self.starts = 0
         self.state = Held.HERE
+        #: The worker has it; else it waits here.
+        self.handed_out = False
         self.started = False
+        #: Its start was noted.
+        self.noted = False
         #: It was acknowledged at its start.
         self.acked = False
         #: Its end was told to the server in a step whose transaction failed.
@@ -78,12 +93,14 @@ class Held:
 class Subscription:
     """A consumer as the server knows it: at most `window` messages of it are out."""
 
-    __slots__ = ("queue", "tag", "window", "out")
+    __slots__ = ("queue", "tag", "window", "lasts", "out")
 
-    def __init__(self, queue: Queue, tag: str, window: int) -> None:
+    def __init__(self, queue: Queue, tag: str, window: int, lasts: bool) -> None:
         self.queue = queue
         self.tag = tag
         self.window = window
+        #: Without it the server would delete the queue.
+        self.lasts = lasts
         self.out = 0
 
 
@@ -98,6 +115,9 @@ class Settling(Protocol):
     def undo(self) -> None:
         """The transaction failed: what was not told yet is not to be told."""
 
+    def unstart(self, held: "Held") -> None:
+        """It was to be started in a transaction that failed."""
+
     def put_back(self, held: "Held") -> None:
         """It was taken in a transaction that failed."""
 
@@ -111,11 +131,10 @@ class Step:
     def __init__(self) -> None:
         self.items: List[Tuple[Message, Item]] = []
         self.timeout_s = 0.0
-        #: The messages among them that a caller published, not a consumer.
-        self.own: List[Message] = []
         #: (task ids, until when) that are noted as revoked.
         self.revoked: List[Tuple[List[str], float]] = []
         self.touched: List[Held] = []
+        self.started: List[Held] = []
         #: What is done already, and what was taken, in this transaction.
         self.done: List[Held] = []
         self.sent: List[Message] = []
@@ -139,7 +158,7 @@ class Link:
         self._url = url
         self._server: Optional[Server] = None
         self._pid = 0
-        self._has_dead = self._has_notes = False
+        self._has_dead = self._has_notes = self._has_no_notes = False
 
     @property
     def server(self) -> Server:
@@ -152,12 +171,14 @@ class Link:
     @contextmanager
     def channel(self, timeout_s: Optional[float] = None) -> Iterator[Channel]:
         """Give a channel for some calls."""
-        with self.server.borrow(timeout_s or self.options.socket_timeout) as connection:
-            channel = connection.open_channel()
+        timeout_s = timeout_s or self.options.socket_timeout
+        deadline_mono = monotonic() + timeout_s
+        with self.server.borrow(timeout_s) as connection:
+            channel = connection.open_channel(left_until(deadline_mono))
             try:
                 yield channel
             finally:
-                channel.close()
+                channel.close(max(deadline_mono - monotonic(), 0.1))
 
     # -- declare
 
@@ -168,8 +189,12 @@ class Link:
                 declare_exchange(channel, exchange, deadline_mono)
         else:
             declare_queue(channel, queue, deadline_mono)
+        self.remember(queue)
+
+    def remember(self, queue: Queue) -> None:
+        """Note that it was declared: if it is gone when something is published, it is declared again."""
         self.exchanges.update(exchanges_of(queue))
-        if not queue.auto_delete and queue.expires is None:
+        if not goes_unused(queue):
             self.declared[queue.name] = queue
 
     def way(self, queue: str, left_s: float, deadline_mono: float) -> Tuple[str, str]:
@@ -181,15 +206,35 @@ class Link:
                 self.waiting.declare_way(channel, known, queue, left_s, deadline_mono)
         return found
 
+    def native_way(self, exchange: str, key: str, left_s: float, deadline_mono: float) -> Tuple[str, str]:
+        """Return exchange and key for a message to a topic exchange, due in `left_s`.
+
+        Which queues get it nobody knows here: where one of them is a quorum queue, it waits in Celery's
+        layout before, and comes to the exchange when it is due.
+        """
+        for queue in self.declared.values():
+            kind = exchanges_of(queue).get(exchange)
+            if kind is None or kind.type != "topic" or not is_quorum(queue):
+                continue
+            if not self.waiting.is_natively_bound(queue):
+                with self.channel(left_until(deadline_mono)) as channel:
+                    self.waiting.bind(channel, queue, deadline_mono)
+            return self.waiting.native_way(key, left_s) or (exchange, key)
+        return exchange, key
+
     # -- publish
 
     def hand_over(self, items: List[Tuple[Message, Item]], timeout_s: float) -> None:
-        """Send now, or with the open transaction."""
+        """Send now, or with the open transaction; not what the server has of one that failed."""
         step = self.open_step
         if step is None:
             self.send(items, timeout_s)
         else:
-            step.items += items
+            for one in items:
+                if self.sent_before and self.sent_before.pop(id(one[0]), None) is not None:
+                    step.sent.append(one[0])  # for this one may fail as well
+                else:
+                    step.items.append(one)
             step.timeout_s = max(step.timeout_s, timeout_s)
 
     def send(
@@ -212,6 +257,8 @@ class Link:
             if error.code == 404 and not again and self._declare_exchanges(items, deadline_mono):
                 self.send(items, left_until(deadline_mono), True, accepted)
                 return
+            if error.code == 404 and "'_miniq." in error.text:
+                raise OperationalError(f"where messages wait to be due is gone: {error}") from error
             raise refused(error, "publishing") from error
         except (TypeError, ValueError) as error:
             raise EncodeError(f"a message that AMQP cannot carry: {error}") from error
@@ -230,7 +277,7 @@ class Link:
             with self.channel(left_until(deadline_mono)) as channel:
                 for exchange in found:
                     declare_exchange(channel, exchange, deadline_mono)
-        if any(name.startswith("_miniq.") for name in names):
+        if any(name.startswith(WAITING_ROOMS) for name in names):
             self.waiting.forget()
         return bool(found)
 
@@ -254,7 +301,7 @@ class Link:
             if not exchange and routing_key in self.declared and not again:
                 missing.append(one)
                 continue
-            if exchange.startswith("_miniq."):
+            if exchange.startswith(WAITING_ROOMS):
                 self.waiting.forget()
                 raise OperationalError(f"the queues in which messages wait to be due are gone: {exchange!r}")
             if not exchange and routing_key == DEAD:
@@ -275,6 +322,7 @@ class Link:
                 for name in {item[1] for _, item in missing}:
                     logger.warning("queue %s was deleted; it is declared again", name)
                     self.declare_on(channel, self.declared[name], deadline_mono)
+                    self.waiting.lead_to(channel, self.declared[name], deadline_mono)
             self.send(missing, left_until(deadline_mono), again=True)
 
     # -- what consumers send
@@ -300,9 +348,9 @@ class Link:
         """Publish what takes the place of deliveries; in a transaction, with it."""
         self.hand_over(copies, self.options.socket_timeout)
 
-    def send_now(self, copies: List[Tuple[Message, Item]]) -> None:
-        """Publish at once, whatever is open."""
-        self.send(copies, self.options.socket_timeout)
+    def send_now(self, copies: List[Tuple[Message, Item]], accepted: List[Message]) -> None:
+        """Publish at once, whatever is open; see `send`."""
+        self.send(copies, self.options.socket_timeout, accepted=accepted)
 
     def publish_dead(self, delivery: Delivery, reason: str, starts: int) -> None:
         """Set a message aside."""
@@ -325,18 +373,22 @@ class Link:
             if consumer.notes is not None:
                 consumer.notes.revoke(task_ids, until)
 
-    def note(self, body: bytes) -> None:
-        """Write into the notes."""
-        if not self._has_notes:
+    def note(self, body: bytes, at_once: bool = False) -> None:
+        """Write into the notes, if there are any; `at_once`, whatever is open."""
+        if not (self._has_notes or self._has_no_notes):
             with self.channel() as channel:
                 try:
                     amqp_notes.declare_stream(channel)
+                    self._has_notes = True
                 except ChannelError as error:
-                    raise refused(error, "the notes of workers") from error
-            self._has_notes = True
+                    self._has_no_notes = True
+                    text = "workers that do not run now will not know what is revoked: %s"
+                    logger.warning(text, refused(error, "no stream queue"))
+        if self._has_no_notes:
+            return
         message = Message(body, "application/json", "utf-8", {}, {"delivery_mode": 2})
         item = ("", amqp_notes.STREAM, *to_content(message), body, False)
-        self.hand_over([(message, item)], self.options.socket_timeout)
+        (self.send if at_once else self.hand_over)([(message, item)], self.options.socket_timeout)
 
     # -- transactions
 
@@ -367,12 +419,10 @@ class Link:
                 try:
                     self.send(step.items, step.timeout_s, accepted=accepted)
                 except BaseException:
-                    known = set(map(id, accepted))
-                    step.sent += [message for message in step.own if id(message) in known]
+                    step.sent += accepted
                     raise
+                step.sent += [message for message, _ in step.items]
                 step.items = []
-            step.sent += step.own
-            step.own = []
             for task_ids, until in step.revoked:
                 self.tell_revoked(task_ids, until)
             step.revoked = []
@@ -385,14 +435,16 @@ class Link:
                     # Whoever waits for the end of the transaction does not know that yet.
                     held.doubted = True
             step.done += step.touched
-            step.touched = []
+            step.touched, step.started = [], []
 
     def _undo(self, step: Step) -> None:
-        for consumer in self.consumers:
-            consumer.undo()
         for held in step.touched:
             if held.state == Held.ENDING:
                 held.state = Held.HERE
+        for consumer in self.consumers:
+            consumer.undo()
+        for held in step.started:
+            held.consumer.unstart(held)
         for message in step.sent:
             self.sent_before[id(message)] = message
         while len(self.sent_before) > 10_000:
@@ -408,9 +460,11 @@ class Link:
             self.step()
             held.state = Held.GONE
 
-    def step_if_alone(self) -> None:
-        """Do what a consumer has called, unless a transaction collects it."""
-        if self.open_step is None:
+    def begin(self, helds: List[Held]) -> None:
+        """A consumer starts messages: with the open transaction, or now."""
+        if self.open_step is not None:
+            self.open_step.started += helds
+        else:
             self.step()
 
     def take(self, held: Held) -> None:

@@ -5,7 +5,8 @@ RabbitMQ keeps messages in queues, and has no place for a value under a name.  A
 written, for a day or so, and every reader may begin at its first entry.  Two things are noted:
 
     {"revoked": [task id, ...], "until": epoch seconds}      these tasks are not to start
-    {"started": [queue, task id, retries]}                   a message that had come back was started
+    {"started": [[queue, task id, retries, n, copy], ...]}   messages that had come back were started
+    {"released": [...]}                                      and were given back before they had ended
 
 The second is the count of starts that a classic queue does not keep: it says only that a message was
 handed out before.  So a message that kills its worker again and again is found, and one that was only
@@ -43,8 +44,9 @@ MOST_REMEMBERED = 50_000
 #: Seconds to read what was noted before.
 READ_TIMEOUT_S = 10.0
 
-#: What a start is counted by: queue, task id, retries.
-Start = Tuple[str, str, int]
+#: What a start is counted by: queue, task id, retries, how often it was started before it was put into the
+#: queue, and which copy it is.
+Start = Tuple[str, str, int, int, str]
 
 
 def declare_stream(channel: Channel, timeout_s: Optional[float] = None) -> None:
@@ -60,6 +62,11 @@ def revocation(task_ids: List[str], until: float) -> bytes:
 def started(starts: List[Start]) -> bytes:
     """Return the note of starts."""
     return json.dumps({"started": starts}).encode()
+
+
+def released(starts: List[Start]) -> bytes:
+    """Return the note that takes starts back."""
+    return json.dumps({"released": starts}).encode()
 
 
 class Notes:
@@ -139,9 +146,10 @@ class Notes:
                 self._marked = self._marked or note["mark"] == self._mark
             elif "revoked" in note:
                 self.revoke(note["revoked"], float(note["until"]))
-            elif "started" in note:
-                for queue, task_id, retries in note["started"]:
-                    self.count((queue, task_id, retries))
+            else:
+                by = 1 if "started" in note else -1
+                for queue, task_id, retries, counted, copy in note["started" if by > 0 else "released"]:
+                    self.count((queue, task_id, retries, counted, copy), by)
         except (ValueError, TypeError, KeyError) as error:
             logger.debug("a note that cannot be read is skipped: %s", error)
 
@@ -153,9 +161,9 @@ class Notes:
             self.revoked[task_id] = max(until, self.revoked.get(task_id, until))
         _forget_oldest(self.revoked)
 
-    def count(self, start: Start) -> None:
-        """Count a start."""
-        self.starts[start] = self.starts.pop(start, 0) + 1
+    def count(self, start: Start, by: int) -> None:
+        """Count a start, or that it was none."""
+        self.starts[start] = self.starts.pop(start, 0) + by
         _forget_oldest(self.starts)
 
     def is_revoked(self, task_id: Any) -> bool:

@@ -78,6 +78,11 @@ def exchanges_of(queue: Queue) -> Dict[str, Exchange]:
     return {b.exchange.name: b.exchange for b in queue.all_bindings if b.exchange.name}
 
 
+def goes_unused(queue: Queue) -> bool:
+    """Say whether the server deletes a queue from which nobody consumes, at once or after a time."""
+    return queue.auto_delete or "x-expires" in queue.arguments
+
+
 def is_quorum(queue: Optional[Queue]) -> bool:
     """Say whether a queue is declared as a quorum queue."""
     return queue is not None and (queue.queue_arguments or {}).get("x-queue-type") == "quorum"

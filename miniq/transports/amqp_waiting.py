@@ -34,12 +34,14 @@ class Waiting:
         #: (type, level) of the ladder, and quorum queues that what is due comes to.
         self._levels: Set[Tuple[str, int]] = set()
         self._ends: Set[str] = set()
+        self._natively: Set[str] = set()
         self._has_native = self._has_end = False
 
     def forget(self) -> None:
         """Declare everything again when it is needed: the server does not have it any more."""
         self._levels.clear()
         self._ends.clear()
+        self._natively.clear()
         self._has_native = self._has_end = False
 
     def is_far(self, left_s: float) -> bool:
@@ -62,12 +64,14 @@ class Waiting:
         _, kind, level, _ = self.way(queue, name, left_s)
         if kind == "quorum":
             assert queue is not None
-            self._declare_end(channel, queue, deadline_mono)
+            self.lead_to(channel, queue, deadline_mono)
         self._declare(channel, layout.ladder_declarations(level, kind), deadline_mono)
         self._levels.add((kind, level))
 
-    def _declare_end(self, channel: Channel, queue: Queue, deadline_mono: float) -> None:
-        """Let what was put off come to a quorum queue."""
+    def lead_to(self, channel: Channel, queue: Queue, deadline_mono: float) -> None:
+        """Let what was put off come to a queue, if it is a quorum queue: others are found by name."""
+        if not is_quorum(queue):
+            return
         if not self._has_end:
             declare_dead(channel, deadline_mono)
             self._declare(channel, layout.due_declarations(), deadline_mono)
@@ -79,12 +83,27 @@ class Waiting:
         """Let both layouts lead into a queue that is consumed from here, if it is a quorum queue."""
         if not is_quorum(queue):
             return
-        self._declare_end(channel, queue, deadline_mono)
+        self.lead_to(channel, queue, deadline_mono)
         if not self._has_native:
             declarations = layout.native_declarations(self._native_type)
             self._declare(channel, declarations, monotonic() + NATIVE_TIMEOUT_S)
             self._has_native = True
         self._declare(channel, layout.native_bindings(queue), deadline_mono)
+        self._natively.add(queue.name)
+
+    def native_way(self, key: str, left_s: float) -> Optional[Tuple[str, str]]:
+        """Return (exchange, key) by which a message for an exchange goes through Celery's layout.
+
+        None where its key leaves no room for that.
+        """
+        try:
+            return layout.ENTRANCE, layout.routing_key(left_s, key)
+        except ValueError:
+            return None
+
+    def is_natively_bound(self, queue: Queue) -> bool:
+        """Say whether `bind` was called for it."""
+        return queue.name in self._natively
 
     def _declare(
         self, channel: Channel, declarations: Iterable[Tuple[str, Dict[str, Any]]], deadline_mono: float

@@ -42,6 +42,7 @@ TRANSPORTS: Dict[str, str] = {
     "amqps": ".amqp:AmqpTransport",
     "memory": ".memory:MemoryTransport",
     "pyamqp": ".amqp:AmqpTransport",
+    "pyamqps": ".amqp:AmqpTransport",
     "redis": ".redis:RedisTransport",
     "rediss": ".redis:RedisTransport",
     "redis+socket": ".redis:RedisTransport",
@@ -212,6 +213,11 @@ class Consumer:
     moved = False
     #: Set when something may have come that the descriptor does not tell of; the next `poll` clears it.
     woken = False
+
+    @property
+    def at_hand(self) -> int:
+        """How many messages `poll` has without asking its broker, which has sent them before."""
+        return 0
 
     #: Seconds between two `changed` while idle; None = the descriptor alone is enough.
     poll_interval_s: Optional[float] = None

@@ -14,6 +14,8 @@ So nothing runs that the broker does not know to have started, no slot waits for
 stored, and whatever fails before the commit is as if it had not been tried: the turn is repeated
 with growing pauses.  What has to be settled stays listed until it is committed.  A broker that cannot
 undo commits a turn in two steps: what is settled when messages are taken, the rest at the end.
+Where messages are at hand already, they start in a turn before that, and the tasks run while results
+are stored.
 
 While broker or result backend cannot be reached, nothing new is taken.  A settlement that fails for
 another reason is found by settling one by one (`_careful`), and then less of it is settled.
@@ -53,6 +55,8 @@ MOST_AHEAD = 64
 MOST_REFUSALS = 2
 #: How long outcomes may wait to be settled together while there is enough to do.
 LINGER_S = 0.005
+#: Outcomes that may wait for that, where messages at hand are started before them.
+MOST_UNSETTLED = 64
 #: The wall clock may be set while a message waits to be due: it is looked at again this often.
 WALL_CLOCK_CHECK_S = 5.0
 
@@ -133,6 +137,8 @@ class TaskConsumer:
         self._net: Optional[Timer] = None
         self._due: Optional[Timer] = None
         self._lingering: Optional[Timer] = None
+        #: What has ended was not settled for long enough.
+        self._overdue = False
         self._pause_s = 0.0
         self._trouble_since: Optional[float] = None
         self._trouble_told = ""  # who it was said of
@@ -170,17 +176,48 @@ class TaskConsumer:
     def _linger(self) -> None:
         """Have a turn in a moment, so that it may settle more."""
         if not self._turn_due and self._lingering is None:
-            self._lingering = self.loop.call_later(LINGER_S, self.schedule)
+            self._lingering = self.loop.call_later(LINGER_S, self._end_lingering)
+
+    def _end_lingering(self) -> None:
+        self._lingering = None
+        self._overdue = True
+        self.schedule()
 
     def turn(self) -> None:
-        """Settle, take, start: one transaction (see the module)."""
+        """Have a turn (see the module); where more is at hand, let that start before the rest is settled."""
         self._turn_due = False
+        overdue, self._overdue = self._overdue, False
+        if not overdue and self._can_settle_later():
+            before = len(self.running)
+            if not self._turn(_Turn([], [], [])):
+                return
+            if len(self.running) > before:
+                # They run meanwhile, and what ends until then is settled together.
+                self._linger()
+                return
         if self._lingering is not None:
             self._lingering.cancel()
             self._lingering = None
-        turn = _Turn(
-            self._finished[:1] if self._careful else self._finished[:], self._started[:], self._returned[:]
+        self._turn(
+            _Turn(
+                self._finished[:1] if self._careful else self._finished[:],
+                self._started[:],
+                self._returned[:],
+            )
         )
+
+    def _can_settle_later(self) -> bool:
+        return (
+            0 < len(self._finished) < MOST_UNSETTLED
+            and self.consuming
+            and not self._careful
+            and not self._pause_s
+            and self.pool.free_slots > 0
+            and self.consumer.at_hand > 0
+        )
+
+    def _turn(self, turn: "_Turn") -> bool:
+        """Settle, take, start: one transaction; return whether it was committed."""
         reserved = list(self.reserved)
         ready: List[Request] = []
         ahead: List[Request] = []
@@ -209,7 +246,7 @@ class TaskConsumer:
                 self._trouble(error)
             else:
                 self._contain(turn.finished, error)
-            return
+            return False
         self._recovered(batch)
         self.reserved = deque(reserved)
         self._after_settling(turn)
@@ -221,6 +258,7 @@ class TaskConsumer:
         self._watch(asked, got)
         if self.on_idle is not None and self.settled:
             self.on_idle()
+        return True
 
     def _after_settling(self, turn: "_Turn") -> None:
         """Forget what is settled and committed."""
