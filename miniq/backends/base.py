@@ -11,14 +11,35 @@ RETRY, REVOKED), ``{"pid", "hostname"}`` (STARTED) or the task's own meta (custo
 process that ran the task encodes it once; stores keep the bytes.
 
 Writes are conditional everywhere: `states.may_replace` decides.
+
+A store that counts chords keeps, for each, what its members came to, until all have arrived; then one
+of those who ask gets a *claim*, and with it the duty to send the body and to call `finish_chord`.  A claim
+runs out, so that a chord whose claimer died is not lost: another one gets it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
+from ..connections.claims import ClaimLost
 from ..exceptions import ImproperlyConfigured
 from ..text import import_object, mask_url, unknown_scheme
+
+__all__ = (
+    "Arrival", "Backend", "ChordPart", "ClaimLost", "StoredResult", "backend_class", "pause_between_looks_s",
+)  # fmt: skip
 
 #: URL scheme -> "module:Class", relative to this package.
 BACKENDS: Dict[str, str] = {
@@ -44,6 +65,14 @@ BACKENDS: Dict[str, str] = {
 #: Schemes whose backends have something to do before a call is published.
 CALLERS = ("rpc",)
 
+#: How long a claim on a chord lasts, first and while its body is sent, and how long a chord is known to
+#: be done.  Celery's figures.
+CLAIM_S = 6
+SENDING_S = 21
+DONE_S = 300
+#: Chords that `Backend.chords_left_over` names at once.
+MOST_LEFT_OVER = 100
+
 
 class StoredResult(NamedTuple):
     """An encoded meta, opaque to the store.
@@ -61,6 +90,37 @@ class StoredResult(NamedTuple):
     reply_to: str = ""
 
 
+class ChordPart(NamedTuple):
+    """What a member of a chord's header came to: its end, whatever that was, never a retry.
+
+    `index` is its place in the header and `entry` the JSON text ``[1, task_id, state, result]``.
+    `expires_s` is how long the chord is kept from now on, None leaves that as it is.  `body` is the
+    chord's body as the member's message has it: for one that Celery started.  `token` is to be a unique
+    text: who asks again with the same one gets the claim again that it got before.
+    """
+
+    group_id: str
+    index: Optional[int]  # type: ignore[assignment]  # hides a method of tuples that nobody needs here
+    task_id: str
+    entry: bytes
+    expires_s: Optional[float]
+    body: bytes = b""
+    token: str = ""
+
+
+class Arrival(NamedTuple):
+    """How a chord stands: `count` of its `size` members arrived; None while the size is not known.
+
+    Who has a `claim` has to send the body and to finish the chord, and nobody else has one while it lasts.
+    `done`: that was done already, or the chord was abandoned.
+    """
+
+    count: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs here
+    size: Optional[int]
+    claim: Optional[str]
+    done: bool
+
+
 class Backend:
     """One thread's conversation with one result store.
 
@@ -71,10 +131,19 @@ class Backend:
     push_waits = False
     #: False for the store that keeps nothing.
     enabled = True
+    #: True where members of a chord are counted, False where a task has to look for them.
+    counts_chords = False
+    #: What is wrong with saving groups here; empty where they are kept.
+    keeps_no_groups = ""
 
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
         """Remember `url` and `options` (``result_backend_transport_options``); open nothing yet."""
         raise NotImplementedError
+
+    @property
+    def joins(self) -> bool:
+        """Whether what is written now is one step with an open transaction of a transport."""
+        return False
 
     def before_call(self, timeout_s: float) -> None:
         """Get ready for the answer, before a call that expects one is published.
@@ -118,6 +187,97 @@ class Backend:
 
     def close(self) -> None:
         """Let go of the connection."""
+        raise NotImplementedError
+
+    # -- groups
+
+    def save_group(self, group_id: str, body: bytes, expires_s: Optional[float]) -> None:
+        """Keep an encoded group, ``{"result": [[id, parent], [member, ...]]}``, in the place of an older one.
+
+        All three raise `ImproperlyConfigured` where no groups are kept.
+        """
+        raise self._no_groups(group_id)
+
+    def load_group(self, group_id: str) -> Optional[bytes]:
+        """Return a group as it was saved, None if there is none; DecodeError if it cannot be decompressed."""
+        raise self._no_groups(group_id)
+
+    def delete_group(self, group_id: str) -> None:
+        """Forget a group; its members' results stay."""
+        raise self._no_groups(group_id)
+
+    def _no_groups(self, group_id: str) -> ImproperlyConfigured:
+        return ImproperlyConfigured(
+            f"group {group_id!r} can be neither saved nor restored: {self.keeps_no_groups};"
+            " set result_backend to a store, as redis:// or sqlite:///miniq.db"
+        )
+
+    # -- chords, where `counts_chords`
+
+    def start_chord(
+        self, group_id: str, size: int, body: bytes, expires_s: Optional[float], anew: bool = True
+    ) -> None:
+        """Say how many members the header has, before its last message is sent.
+
+        `body` is its frozen signature in JSON, for who has to send it after a crash.  One that is done is
+        counted again from nothing; not with `anew` False, which is for the second try of a step that may
+        have been sent before.
+
+        This, finishing and abandoning join an open transaction; so does all that changes chords, but on
+        Redis, where what has an answer is a step of its own.
+        """
+        raise NotImplementedError
+
+    def arrive_at_chords(self, parts: Sequence[ChordPart]) -> List[Arrival]:
+        """Count members, each once by its id and index: the first end that is told of it is the one.
+
+        To be called before the member's message is settled: where this is a step of its own and the
+        process dies in between, the message comes again, and with it a part that is known already.
+        """
+        raise NotImplementedError
+
+    def arrive_at_chord(self, part: ChordPart) -> Arrival:
+        """Count one member."""
+        return self.arrive_at_chords((part,))[0]
+
+    def claim_chord(self, group_id: str, token: str = "") -> Arrival:
+        """Ask for the claim without being a member: for a chord that is left over."""
+        raise NotImplementedError
+
+    def chord_entries(self, group_id: str) -> List[bytes]:
+        """Return the entries that arrived, in the order of the header, those without an index last."""
+        raise NotImplementedError
+
+    def extend_chord(self, group_id: str, claim: str) -> bool:
+        """Make a claim last SENDING_S from now, while the body is sent; False: it is lost."""
+        raise NotImplementedError
+
+    def finish_chord(self, group_id: str, claim: str) -> bool:
+        """Note that what follows the chord, its body or the errbacks, is sent; its parts are not needed now.
+
+        False, and nothing is done, if the claim was lost.  In a transaction on the same Redis that is found
+        at its end: then nothing of the transaction is done, and `ClaimLost` is raised there.
+        """
+        raise NotImplementedError
+
+    def abandon_chord(self, group_id: str) -> None:
+        """See to it that the body is never sent.  The entries stay until they expire."""
+        raise NotImplementedError
+
+    def add_to_chord(
+        self, group_id: str, count: int = 1, token: str = "", expires_s: Optional[float] = None
+    ) -> bool:
+        """Let the header have more members; called by one of them before it ends.  False: it is too late.
+
+        Told again with the same `token` it counts once.
+        """
+        raise NotImplementedError
+
+    def chords_left_over(self, now: float) -> List[Tuple[str, bytes]]:
+        """Return (id, body) of chords whose members have all arrived and which nobody ends.
+
+        That is so when a claim ran out; `claim_chord` gives it to another one.  At most MOST_LEFT_OVER.
+        """
         raise NotImplementedError
 
 

@@ -40,7 +40,7 @@ from ..exceptions import (
 from ..states import READY_STATES, may_replace
 from ..text import mask_url, nearest
 from .base import Backend, StoredResult, pause_between_looks_s
-from .stored import describe, key_prefix, plain_or_hashed, readable_state, unwrap
+from .stored import GROUP_KEY_PREFIX, describe, key_prefix, plain_or_hashed, readable_state, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ class MemcachedBackend(Backend):
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
         checked = _read_options(options, url)
         self._prefix = key_prefix(checked["global_keyprefix"])
+        self._group_prefix = key_prefix(checked["global_keyprefix"], GROUP_KEY_PREFIX)
         self._plain = re.compile(rf"[!-~]{{1,{MAX_KEY_BYTES - len(self._prefix)}}}")
+        self._plain_group = re.compile(rf"[!-~]{{1,{MAX_KEY_BYTES - len(self._group_prefix)}}}")
         self._wall = wall
         timeouts = checked["socket_timeout"], checked["socket_connect_timeout"]
         self._servers = {node_name(address): Connection(address, *timeouts) for address in addresses_of(url)}
@@ -219,6 +221,45 @@ class MemcachedBackend(Backend):
             if left_s <= 0:
                 return
             time.sleep(min(pause_between_looks_s(mono - progress, look_s, longest_s), left_s))
+
+    # -- groups
+
+    def _group_key(self, group_id: str) -> "Tuple[Connection, bytes]":
+        key = self._group_prefix + plain_or_hashed(group_id, self._plain_group)
+        return self._servers[choose(self._names, key)], key.encode("ascii")
+
+    def save_group(self, group_id: str, body: bytes, expires_s: Optional[float]) -> None:
+        server, key = self._group_key(group_id)
+        exptime = exptime_of(expires_s, self._wall())
+        reply = b""
+        try:
+            for _ in range(CAS_ROUNDS):
+                found = server.get([key], tokens=True).get(key)
+                (reply,) = server.write([Write(key, body, exptime, b"" if found is None else found.token)])
+                if reply not in _REFUSED:
+                    break
+        except OperationalError as error:
+            raise BackendStoreError(str(error)) from error
+        if reply != _STORED:
+            raise BackendStoreError(
+                f"memcached at {server.name} did not keep group {group_id!r} of {len(body)} bytes:"
+                f" {reply.decode('ascii', 'replace')}"
+            )
+
+    def load_group(self, group_id: str) -> Optional[bytes]:
+        server, key = self._group_key(group_id)
+        try:
+            found = server.get([key]).get(key)
+        except OperationalError as error:
+            raise BackendGetMetaError(str(error)) from error
+        return None if found is None else unwrap(found.body)
+
+    def delete_group(self, group_id: str) -> None:
+        server, key = self._group_key(group_id)
+        try:
+            server.delete([key])
+        except OperationalError as error:
+            raise BackendStoreError(str(error)) from error
 
     def close(self) -> None:
         for server in self._servers.values():

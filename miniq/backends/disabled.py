@@ -12,6 +12,7 @@ class DisabledBackend(Backend):
     """Stores nothing, finds nothing."""
 
     enabled = False
+    keeps_no_groups = "no result backend is configured"
 
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
         pass

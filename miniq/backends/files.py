@@ -2,9 +2,9 @@
 """Results as files in one folder, as Celery's file-system backend keeps them: ``file:///folder``.
 
 A result is the file ``celery-task-meta-<id>`` whose content is the encoded meta, nothing else, so
-Celery reads it.  It is written beside its place and moved there, so a reader sees the old or the
-new one whole.  Whether it may replace the old one is decided under a lock on one of sixteen files,
-which the kernel lets go of however a process ends.
+Celery reads it; a saved group is ``celery-taskset-meta-<id>``.  A file is written beside its place and
+moved there, so a reader sees the old or the new one whole.  Whether it may replace the old one is
+decided under a lock on one of sixteen files, which the kernel lets go of however a process ends.
 
 When a result is over stands in its modification time: it is set ahead, to that moment.  What is
 kept for ever, and what Celery wrote, was modified no later than its inode was changed; what was
@@ -47,7 +47,7 @@ from ..exceptions import (
 from ..states import READY_STATES, may_replace
 from ..text import nearest
 from .base import Backend, StoredResult, pause_between_looks_s
-from .stored import describe, key_prefix, plain_or_hashed, readable_state, unwrap
+from .stored import GROUP_KEY_PREFIX, describe, key_prefix, plain_or_hashed, readable_state, unwrap
 
 if sys.platform == "win32":
     import msvcrt
@@ -85,7 +85,9 @@ class FileBackend(Backend):
 
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
         self._folder = folder_of(url)
-        self._prefix = _read_options(options, url)
+        prefix = _read_options(options, url)
+        self._prefix = key_prefix(prefix)
+        self._group_prefix = key_prefix(prefix, GROUP_KEY_PREFIX)
         self._wall = wall
         self._is_there = self._is_writable = False
         self._scan: Any = None  # what os.scandir returns
@@ -121,12 +123,16 @@ class FileBackend(Backend):
             state = readable_state(found.body, result.task_id)
             if state is not None and not may_replace(result.state, state):
                 return
+        self._write(path, result.body, result.expires_s, now)
+
+    def _write(self, path: str, body: bytes, expires_s: Optional[float], now: float) -> None:
+        """Put a file in its place whole."""
         temporary = os.path.join(self._folder, f"{_TEMPORARY}{os.urandom(8).hex()}.tmp")
         try:
             with open(temporary, "xb") as file:
-                file.write(result.body)
-            if result.expires_s is not None:
-                over_ns = round((now + max(result.expires_s, MIN_EXPIRES_S)) * 1e9)
+                file.write(body)
+            if expires_s is not None:
+                over_ns = round((now + max(expires_s, MIN_EXPIRES_S)) * 1e9)
                 os.utime(temporary, ns=(over_ns, over_ns))
             _insist(os.replace, temporary, path)
         except BaseException:
@@ -148,7 +154,7 @@ class FileBackend(Backend):
         removed = 0
         try:
             for entry in self._portion():
-                if entry.name.startswith(self._prefix):
+                if entry.name.startswith((self._prefix, self._group_prefix)):
                     if _is_over(entry.stat(), now):
                         over.setdefault(_lock_of(entry.name), []).append(entry.path)
                 elif _is_temporary(entry.name) and started - entry.stat().st_ctime > LEFTOVER_S:
@@ -283,6 +289,38 @@ class FileBackend(Backend):
         found.sort(key=lambda pair: pair[0])
         return [stored for _, stored in found]
 
+    # -- groups
+
+    def _group_path(self, group_id: str) -> str:
+        return os.path.join(self._folder, self._group_prefix + plain_or_hashed(group_id, _PLAIN))
+
+    def save_group(self, group_id: str, body: bytes, expires_s: Optional[float]) -> None:
+        self._check(writable=True)
+        path = self._group_path(group_id)
+        try:
+            with self._locked(_lock_of(os.path.basename(path))):
+                self._write(path, body, expires_s, self._wall())
+        except OSError as error:
+            cause = self._cause("written", error)
+            raise BackendStoreError(str(cause)) from cause
+
+    def load_group(self, group_id: str) -> Optional[bytes]:
+        self._check()
+        try:
+            found = self._read(self._group_path(group_id), self._wall())
+        except OSError as error:
+            cause = self._cause("read", error)
+            raise BackendGetMetaError(str(cause)) from cause
+        return None if found is None else unwrap(found.body)
+
+    def delete_group(self, group_id: str) -> None:
+        self._check(writable=True)
+        try:
+            _remove(self._group_path(group_id))
+        except OSError as error:
+            cause = self._cause("deleted", error)
+            raise BackendStoreError(str(cause)) from cause
+
     # -- the folder
 
     def _check(self, writable: bool = False) -> None:
@@ -344,7 +382,7 @@ class _Found(NamedTuple):
 
 
 def _read_options(options: Mapping[str, Any], url: str) -> str:
-    """Return what stands before the id in a file's name; `ImproperlyConfigured` for what is not known."""
+    """Return the option `global_keyprefix`; `ImproperlyConfigured` for what is not known."""
     for name in options:
         if name != "global_keyprefix":
             hint = nearest(name, ["global_keyprefix"])
@@ -358,7 +396,7 @@ def _read_options(options: Mapping[str, Any], url: str) -> str:
             f"{url!r}: transport option global_keyprefix begins a file name: at most 60 letters, digits,"
             f" '_', '-' and '.' and not {prefix!r}"
         )
-    return key_prefix(prefix)
+    return prefix
 
 
 def folder_of(url: str) -> str:

@@ -4,6 +4,9 @@
     celery-task-meta-ID           the encoded meta and nothing else; published on the channel of that name
     celery-taskset-meta-GROUP     a saved group; with .s .j .t .d .c behind it, what a chord counts
     _miniq.state.KEY              the state of a meta that we compressed, which the server cannot read
+    _miniq.chord.GROUP            the body of a chord, for who sends it after a crash
+    _miniq.chords                 sorted set of chords that are not done: score = when to look whether one
+                                  is complete and nobody ends it
 
 All with `global_keyprefix` before them.  Writing is one script (`connections.redis_session`) that
 finds the old state in the old meta, so that a result never goes backwards whoever wrote it.
@@ -29,7 +32,6 @@ from typing import (
     Iterator,
     List,
     Mapping,
-    NamedTuple,
     Optional,
     Sequence,
     Tuple,
@@ -41,13 +43,21 @@ from ..connections.redis import Connection, Options, Part, ReplyError, Script, S
 from ..connections.redis_session import Op, Session, run_ops, store_op
 from ..exceptions import BackendGetMetaError, BackendStoreError, DecodeError, OperationalError
 from ..states import READY_STATES
-from .base import Backend, StoredResult
-from .stored import KEY_PREFIX, describe, key_prefix, unwrap
+from .base import (
+    CLAIM_S,
+    DONE_S,
+    MOST_LEFT_OVER,
+    SENDING_S,
+    Arrival,
+    Backend,
+    ChordPart,
+    ClaimLost,
+    StoredResult,
+)
+from .stored import GROUP_KEY_PREFIX, describe, key_prefix, unwrap
 
 T = TypeVar("T")
 
-#: Before the id of a group in its keys.
-GROUP_KEY_PREFIX = "celery-taskset-meta-"
 #: Keys that one command reads.
 BATCH = 1000
 #: Who waits looks again after so long without news, and then less and less often.
@@ -62,68 +72,100 @@ PATIENCE_S = 60.0
 SECOND_CHANCE_S = 0.5
 #: The look at the end of a wait may take so long beyond it.
 LAST_LOOK_S = 0.1
-#: How long a claim on a chord's body lasts, first and while it is sent, and how long a chord is known
-#: as done.
-CLAIM_S = 6
-SENDING_S = 21
-DONE_S = 300
+#: Parts of chords that one script counts.
+PARTS_AT_ONCE = 100
+#: A chord that is not complete is looked at so often, whether nobody ends it: one that a Celery worker
+#: completed, which has no index.
+LOOK_S = 30
+#: The index is forgotten after so long without a new chord.
+INDEX_KEPT_S = 7 * 86400
 
-
-class Arrival(NamedTuple):
-    """What the arrival of a chord's member came to.
-
-    `arrived` is how many did so far, `size` None while it is not known how many there will be.
-    Whoever has a `claim` has to send the body, and nobody else does while it lasts.  `done` says that
-    the body was sent already.
-    """
-
-    arrived: int
-    size: Optional[int]
-    claim: Optional[str]
-    done: bool
-
-
-#: KEYS: .j .t .s .d G .c
-#: ARGV: mark, entry, score or "" for a list, seconds or "" for ever, claim, seconds of the claim
+#: KEYS: index, and for each part .j .t .s .d G .c and the body
+#: ARGV: seconds of a claim, now, seconds of the index; for each part group, mark or "" for none, entry,
+#: score or "" for a list, seconds or "" for as they are, claim
+#: Reply: for each part count, size, whether the claim is the asker's, done, whether there is the body
 _ARRIVE = Script(
     """
 local call = redis.call
-local entries, extra, size, marks, group, claim = unpack(KEYS)
-if call('GET', claim) == 'done' then return {0, false, 0, 1} end
-if call('SADD', marks, ARGV[1]) == 1 then
-  if ARGV[3] == '' then call('RPUSH', entries, ARGV[2]) else call('ZADD', entries, ARGV[3], ARGV[2]) end
-end
-local count = ARGV[3] == '' and call('LLEN', entries) or call('ZCARD', entries)
-if ARGV[4] ~= '' then
-  for n = 1, 5 do call('EXPIRE', KEYS[n], ARGV[4]) end
-end
-local total = call('GET', size)
-local claimed = 0
-if total then
-  total = tonumber(total) + tonumber(call('GET', extra) or 0)
-  -- Asked a second time after a lost connection, the claim may be there and the asker's own.
-  if count == total
-    and (call('SET', claim, ARGV[5], 'NX', 'EX', ARGV[6]) or call('GET', claim) == ARGV[5]) then
-    claimed = 1
+local replies = {}
+for n = 1, (#KEYS - 1) / 7 do
+  local entries, extra, size, marks, group, claim, body = unpack(KEYS, 7 * n - 5, 7 * n + 1)
+  local id, mark, entry, score, kept, token = unpack(ARGV, 6 * n - 2, 6 * n + 3)
+  if call('GET', claim) == 'done' then
+    replies[n] = {0, false, 0, 1, 1}
+  else
+    if mark ~= '' and call('SADD', marks, mark) == 1 then
+      if score == '' then call('RPUSH', entries, entry) else call('ZADD', entries, score, entry) end
+    end
+    local count = score == '' and call('LLEN', entries) or call('ZCARD', entries)
+    if kept ~= '' then
+      for _, key in ipairs({entries, extra, size, marks, group, body}) do call('EXPIRE', key, kept) end
+    end
+    local total = call('GET', size)
+    local claimed, known = 0, 1
+    if total then
+      total = tonumber(total) + tonumber(call('GET', extra) or 0)
+      -- Asked a second time, the claim may be there and the asker's own.
+      if count >= total
+        and (call('SET', claim, token, 'NX', 'EX', ARGV[1]) or call('GET', claim) == token) then
+        claimed, known = 1, call('EXISTS', body)
+        call('ZADD', KEYS[1], ARGV[2] + ARGV[1], id)
+        call('EXPIRE', KEYS[1], ARGV[3])
+      end
+    end
+    replies[n] = {count, total, claimed, 0, known}
   end
 end
-return {count, total, claimed, 0}
+return replies
 """
 )
-#: KEYS: .c .s; ARGV: claim, seconds.
+#: KEYS: .c .s index; ARGV: claim, seconds, when they are over, group.
 _EXTEND = Script(
     """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
+redis.call('ZADD', KEYS[3], ARGV[3], ARGV[4])
 return redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
 )
-#: KEYS: .c .j .t .s .d; ARGV: claim, seconds.
-_FINISH = Script(
+#: KEYS: .c .t .d; ARGV: mark, count, seconds or "".
+_ADD = Script(
     """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('DEL', KEYS[2], KEYS[3], KEYS[4], KEYS[5])
-redis.call('SET', KEYS[1], 'done', 'EX', ARGV[2])
+if redis.call('GET', KEYS[1]) == 'done' then return 0 end
+if redis.call('SADD', KEYS[3], ARGV[1]) == 1 then redis.call('INCRBY', KEYS[2], ARGV[2]) end
+if ARGV[3] ~= '' then
+  redis.call('EXPIRE', KEYS[2], ARGV[3])
+  redis.call('EXPIRE', KEYS[3], ARGV[3])
+end
 return 1
+"""
+)
+#: KEYS: index; ARGV: now, how many, seconds until the next look, what is before a group in Celery's
+#: keys and in that of the body, the command that counts.
+_LEFT_OVER = Script(
+    """
+local call = redis.call
+local found = {}
+for _, id in ipairs(call('ZRANGE', KEYS[1], '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])) do
+  local key, body = ARGV[4] .. id, ARGV[5] .. id
+  local size, claim = call('GET', key .. '.s'), call('GET', key .. '.c')
+  if not size or claim == 'done' then
+    call('ZREM', KEYS[1], id)
+    call('DEL', body)
+  elseif claim then
+    call('ZADD', KEYS[1], ARGV[1] + math.max(call('PTTL', key .. '.c'), 0) / 1000, id)
+  elseif call(ARGV[6], key .. '.j') < size + tonumber(call('GET', key .. '.t') or 0) then
+    call('ZADD', KEYS[1], ARGV[1] + ARGV[3], id)
+  else
+    local text = call('GET', body)
+    if text then
+      found[#found + 1] = id
+      found[#found + 1] = text
+    else
+      call('ZREM', KEYS[1], id)
+    end
+  end
+end
+return found
 """
 )
 
@@ -131,18 +173,22 @@ return 1
 class RedisBackend(Backend):
     """One thread's way to the results on a Redis server; connections are borrowed for each operation.
 
-    Besides what every backend does it keeps Celery's books of groups and chords.  These methods raise
-    `BackendStoreError` and `BackendGetMetaError` like the others.
+    Groups and chords are kept in Celery's own books, and Celery's workers count with ours.
     """
 
     push_waits = True
+    counts_chords = True
 
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
         self._options = Options.read(options, url)
         self._server = Server.of(url, self._options)
         self._ordered = self._options.result_chord_ordered
-        self._task_prefix = key_prefix(self._options.global_keyprefix)
-        self._group_prefix = self._task_prefix[: -len(KEY_PREFIX)] + GROUP_KEY_PREFIX
+        self._wall = wall
+        prefix = self._options.global_keyprefix
+        self._task_prefix = key_prefix(prefix)
+        self._group_prefix = key_prefix(prefix, GROUP_KEY_PREFIX)
+        self._body_prefix = key_prefix(prefix, "_miniq.chord.")
+        self._chord_index = key_prefix(prefix, "_miniq.chords")
 
     # -- results
 
@@ -247,6 +293,10 @@ class RedisBackend(Backend):
             for op in ops:
                 session.add(op)
 
+    @property
+    def joins(self) -> bool:
+        return Session.joined(self._server) is not None
+
     # -- waiting
 
     def wait(
@@ -334,68 +384,123 @@ class RedisBackend(Backend):
     # -- groups
 
     def save_group(self, group_id: str, body: bytes, expires_s: Optional[float]) -> None:
-        """Keep an encoded group, ``{"result": [[id, parent], [member, ...]]}``."""
         key = self._group_prefix + group_id
         kept: Tuple[Part, ...] = () if expires_s is None else ("PX", max(1, int(expires_s * 1000)))
         self._write([("do", "SET", key, body, *kept), ("do", "PUBLISH", key, body)])
 
     def load_group(self, group_id: str) -> Optional[bytes]:
-        """Return a group as it was saved, None if there is none; DecodeError if it cannot be decompressed."""
         value = self._ask(methodcaller("call", "GET", self._group_prefix + group_id))
         return None if value is None else unwrap(value)
 
     def delete_group(self, group_id: str) -> None:
-        """Forget a group; its members' results stay."""
         self._do(methodcaller("call", "DEL", self._group_prefix + group_id))
 
     # -- chords
 
-    def start_chord(self, group_id: str, size: int, expires_s: Optional[float]) -> None:
-        """Say how many results the header will have, just before its last message is sent."""
-        key = self._group_prefix + group_id
+    def start_chord(
+        self, group_id: str, size: int, body: bytes, expires_s: Optional[float], anew: bool = True
+    ) -> None:
+        key, index, now = self._group_prefix + group_id, self._chord_index, self._wall()
         kept: Tuple[Part, ...] = () if expires_s is None else ("EX", math.ceil(expires_s))
-        self._write([("do", "DEL", key + ".c"), ("do", "SET", key + ".s", size, *kept)])
+        self._write(
+            [
+                *([("do", "DEL", key + ".c")] if anew else ()),
+                ("do", "SET", key + ".s", size, *kept),
+                ("do", "SET", self._body_prefix + group_id, body, *kept),
+                ("do", "ZREMRANGEBYSCORE", index, "-inf", repr(now - INDEX_KEPT_S)),
+                ("do", "ZADD", index, repr(now + LOOK_S), group_id),
+                ("do", "EXPIRE", index, INDEX_KEPT_S),
+            ]
+        )
 
-    def arrive_at_chord(
-        self, group_id: str, task_id: str, entry: bytes, index: Optional[int], expires_s: Optional[float]
-    ) -> Arrival:
-        """Count a member that ended (SUCCESS, FAILURE or REVOKED), once however often it is told.
+    def arrive_at_chords(self, parts: Sequence[ChordPart]) -> List[Arrival]:
+        """See `Backend.arrive_at_chords`; a step of its own, in one script, also inside of a transaction.
 
-        `entry` is the encoded ``[1, task_id, state, result]``, `index` its place in the header.
+        What is counted twice by it, after a lost answer or by a message that came again, counts once.
         """
-        key = self._group_prefix + group_id
-        place = "+inf" if index is None else str(index)
-        score = place if self._ordered else ""
-        kept = "" if expires_s is None else math.ceil(expires_s)
-        claim = uuid.uuid4().hex
-        args: List[Part] = [f"{task_id}:{place}", entry, score, kept, claim, CLAIM_S]
-        keys = [key + ".j", key + ".t", key + ".s", key + ".d", key, key + ".c"]
-        reply = self._do(lambda connection: connection.run(_ARRIVE, keys, args), task_id)
-        count, size, claimed, done = reply
-        return Arrival(count, size, claim if claimed else None, bool(done))
+        arrivals: List[Arrival] = []
+        for batch in _batches(parts, PARTS_AT_ONCE):
+            arrivals += self._arrive(batch)
+        return arrivals
+
+    def claim_chord(self, group_id: str, token: str = "") -> Arrival:
+        return self._arrive([ChordPart(group_id, None, "", b"", None, token=token)])[0]
+
+    def _arrive(self, parts: Sequence[ChordPart]) -> List[Arrival]:
+        """Count parts; one without a task id only asks."""
+        keys: List[Part] = [self._chord_index]
+        args: List[Part] = [CLAIM_S, repr(self._wall()), INDEX_KEPT_S]
+        claims: List[str] = []
+        for group_id, index, task_id, entry, expires_s, _, token in parts:
+            key = self._group_prefix + group_id
+            place = "+inf" if index is None else str(index)
+            claim = token or uuid.uuid4().hex
+            claims.append(claim)
+            keys += [key + ".j", key + ".t", key + ".s", key + ".d", key, key + ".c"]
+            keys.append(self._body_prefix + group_id)
+            args += [group_id, f"{task_id}:{place}" if task_id else "", entry, place if self._ordered else ""]
+            args += ["" if expires_s is None else math.ceil(expires_s), claim]
+        replies = self._do(lambda connection: connection.run(_ARRIVE, keys, args), parts[0].task_id)
+        arrivals: List[Arrival] = []
+        for part, claim, (count, size, claimed, done, known) in zip(parts, claims, replies):
+            arrivals.append(Arrival(count, size, claim if claimed else None, bool(done)))
+            if part.body and not known:
+                # Started by Celery: whoever has the claim may die, and then another one needs the body.
+                kept = () if part.expires_s is None else ("EX", math.ceil(part.expires_s))
+                key = self._body_prefix + part.group_id
+                self._do(methodcaller("call", "SET", key, part.body, *kept), part.task_id)
+        return arrivals
 
     def chord_entries(self, group_id: str) -> List[bytes]:
-        """Return the entries that arrived, in the order of the header; DecodeError as in `load_group`."""
+        """See `Backend.chord_entries`; DecodeError as in `load_group`.
+
+        With the option ``result_chord_ordered`` off they come in the order in which they arrived.
+        """
         command = "ZRANGE" if self._ordered else "LRANGE"
         values = self._ask(methodcaller("call", command, f"{self._group_prefix}{group_id}.j", 0, -1))
         return [unwrap(value) for value in values]
 
     def extend_chord(self, group_id: str, claim: str) -> bool:
-        """Make a claim last while the body is sent; False: it is lost, and another one's turn."""
         key = self._group_prefix + group_id
-        return bool(
-            self._do(lambda connection: connection.run(_EXTEND, [key + ".c", key + ".s"], [claim, SENDING_S]))
-        )
+        keys = [key + ".c", key + ".s", self._chord_index]
+        args: List[Part] = [claim, SENDING_S, repr(self._wall() + SENDING_S), group_id]
+        return bool(self._do(lambda connection: connection.run(_EXTEND, keys, args)))
 
     def finish_chord(self, group_id: str, claim: str) -> bool:
-        """Clear away after the body was sent; False if the claim was lost meanwhile."""
         key = self._group_prefix + group_id
-        keys = [key + ".c", key + ".j", key + ".t", key + ".s", key + ".d"]
-        return bool(self._do(lambda connection: connection.run(_FINISH, keys, [claim, DONE_S])))
+        gone = (key + ".j", key + ".t", key + ".s", key + ".d", self._body_prefix + group_id)
+        try:
+            self._write([("claim", key + ".c", claim, group_id), *self._end(group_id, gone)])
+        except ClaimLost:
+            return False
+        return True
 
     def abandon_chord(self, group_id: str) -> None:
-        """See to it that the body is never sent: a member failed.  The entries stay until they expire."""
-        self._do(methodcaller("call", "DEL", f"{self._group_prefix}{group_id}.s"))
+        key = self._group_prefix + group_id
+        self._write(self._end(group_id, (key + ".s", self._body_prefix + group_id)))
+
+    def _end(self, group_id: str, gone: Sequence[str]) -> List[Op]:
+        return [
+            ("do", "DEL", *gone),
+            ("do", "SET", f"{self._group_prefix}{group_id}.c", "done", "EX", DONE_S),
+            ("do", "ZREM", self._chord_index, group_id),
+        ]
+
+    def add_to_chord(
+        self, group_id: str, count: int = 1, token: str = "", expires_s: Optional[float] = None
+    ) -> bool:
+        # Asked a second time after a lost connection, it must not count twice either.
+        mark = f"+{token or uuid.uuid4().hex}"
+        key = self._group_prefix + group_id
+        keys = [key + ".c", key + ".t", key + ".d"]
+        args: List[Part] = [mark, count, "" if expires_s is None else math.ceil(expires_s)]
+        return bool(self._do(lambda connection: connection.run(_ADD, keys, args)))
+
+    def chords_left_over(self, now: float) -> List[Tuple[str, bytes]]:
+        args: List[Part] = [repr(now), MOST_LEFT_OVER, LOOK_S, self._group_prefix, self._body_prefix]
+        args.append("ZCARD" if self._ordered else "LLEN")
+        found = self._ask(lambda connection: connection.run(_LEFT_OVER, [self._chord_index], args))
+        return [(group_id.decode(), body) for group_id, body in zip(found[::2], found[1::2])]
 
 
 class _News:
@@ -421,9 +526,9 @@ class _News:
             yield stored
 
 
-def _batches(items: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
+def _batches(items: Sequence[T], size: int = BATCH) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _stored(task_id: str, value: bytes, expires_s: Optional[float]) -> StoredResult:

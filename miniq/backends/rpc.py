@@ -58,6 +58,7 @@ class RpcBackend(Backend):
     """
 
     push_waits = True
+    keeps_no_groups = "rpc:// sends each result to who asked for it and keeps nothing"
 
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
         broker_options = {name: value for name, value in options.items() if name not in OWN_OPTIONS}

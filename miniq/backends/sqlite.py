@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Results in a SQLite file, usually the one that is the broker too.
 
-On the same file and thread as a transport it shares the handle, and `store` joins the open
-transaction: result, follow-ups and acknowledgement happen together or not at all.
+On the same file and thread as a transport it shares the handle, and what is written joins the open
+transaction: result, part of a chord, follow-ups and acknowledgement happen together or not at all.
 
 A waiter looks, then asks SQLite whether anybody has written since (some microseconds), with a
 pause that grows with the time it has waited: a tenth of it, between half a millisecond and 50 ms.
@@ -11,16 +11,20 @@ pause that grows with the time it has waited: a tenth of it, between half a mill
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ..connections.sqlite import MAX_VARIABLES, Database, Options, path_of
 from ..exceptions import BackendGetMetaError, BackendStoreError, OperationalError
 from ..states import READY_STATES, UNREADY_STATES
-from .base import Backend, StoredResult, pause_between_looks_s
+from .base import MOST_LEFT_OVER, SENDING_S, StoredResult, pause_between_looks_s
+from .chords import MARK_PLACE, Chord, ChordBooks
 
 #: Rows that one `expire` deletes in one transaction, and how many of these it does at most.
 EXPIRE_BATCH = 1000
 EXPIRE_ROUNDS = 100
+#: The same of chords, which take their parts with them.
+EXPIRE_CHORDS = 10
 #: SQLite holds a row of at most 1,000,000,000 bytes.
 MAX_BODY_BYTES = 999_000_000
 
@@ -38,7 +42,16 @@ _STORE = (
 )
 
 
-class SQLiteBackend(Backend):
+_WRITE_CHORD = (
+    "INSERT INTO chords(group_id, size, extra, arrived, claim, claimed_until, done, expires)"
+    " VALUES(?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT(group_id) DO UPDATE SET size=excluded.size, extra=excluded.extra, arrived=excluded.arrived,"
+    " claim=excluded.claim, claimed_until=excluded.claimed_until, done=excluded.done,"
+    " expires=excluded.expires"
+)
+
+
+class SQLiteBackend(ChordBooks):
     """One thread's way to the results in a SQLite file."""
 
     def __init__(self, url: str, options: Mapping[str, Any], wall: Callable[[], float]) -> None:
@@ -90,6 +103,10 @@ class SQLiteBackend(Backend):
                 # Not about these results: the whole transaction cannot be, and is to be tried again.
                 raise
             raise BackendStoreError(str(error), task_id=first.task_id, state=first.state) from error
+
+    @property
+    def joins(self) -> bool:
+        return self._database().depth > 0
 
     def fetch(self, task_ids: Sequence[str]) -> Dict[str, StoredResult]:
         return self._look(task_ids, "")
@@ -158,29 +175,122 @@ class SQLiteBackend(Backend):
             raise BackendGetMetaError(str(error)) from error
 
     def forget(self, task_ids: Iterable[str]) -> None:
-        try:
-            db = self._database()
-            with db.transaction():
-                db.write_many("DELETE FROM results WHERE task_id=?", [(task_id,) for task_id in task_ids])
-        except OperationalError as error:
-            raise BackendStoreError(str(error)) from error
+        with self._changing() as db:
+            db.write_many("DELETE FROM results WHERE task_id=?", [(task_id,) for task_id in task_ids])
 
     def expire(self) -> int:
+        """See `Backend.expire`; a chord counts as one, whatever it had of parts."""
+        return (
+            self._expire("results", EXPIRE_BATCH)
+            + self._expire("groups", EXPIRE_BATCH)
+            + self._expire("chords", EXPIRE_CHORDS)
+        )
+
+    def _expire(self, table: str, batch: int) -> int:
         removed = 0
+        due = f"SELECT rowid FROM {table} WHERE expires<=? LIMIT "
+        for _ in range(EXPIRE_ROUNDS):
+            now = self._wall()
+            if not self._read(due + "1", (now,)):
+                break
+            with self._changing() as db:
+                removed += db.write(f"DELETE FROM {table} WHERE rowid IN ({due}{batch})", (now,))
+        return removed
+
+    @contextmanager
+    def _changing(self) -> Iterator[Database]:
+        """Change something, now or with the open transaction."""
+        joins = False
         try:
             db = self._database()
-            due = "SELECT rowid FROM results WHERE expires<=? LIMIT "
-            for _ in range(EXPIRE_ROUNDS):
-                now = self._wall()
-                if not db.read(due + "1", (now,)):
-                    break
-                with db.transaction():
-                    removed += db.write(f"DELETE FROM results WHERE rowid IN ({due}{EXPIRE_BATCH})", (now,))
+            joins = db.depth > 0
+            with db.transaction():
+                # First of all: what is read before it is changed must not change in between.
+                db.begin()
+                yield db
         except OperationalError as error:
+            if joins:
+                raise
             raise BackendStoreError(str(error)) from error
-        return removed
+
+    def _read(self, sql: str, parameters: Sequence[Any]) -> List[Any]:
+        try:
+            return self._database().read(sql, parameters)
+        except OperationalError as error:
+            raise BackendGetMetaError(str(error)) from error
 
     def close(self) -> None:
         if self._db is not None:
             self._db.close()
             self._db = None
+
+    # -- groups
+
+    def save_group(self, group_id: str, body: bytes, expires_s: Optional[float]) -> None:
+        until = None if expires_s is None else self._wall() + expires_s
+        with self._changing() as db:
+            db.write(
+                "INSERT OR REPLACE INTO groups(group_id, body, expires) VALUES(?, ?, ?)",
+                (group_id, body, until),
+            )
+
+    def load_group(self, group_id: str) -> Optional[bytes]:
+        rows = self._read(
+            "SELECT body FROM groups WHERE group_id=? AND (expires IS NULL OR expires>?)",
+            (group_id, self._wall()),
+        )
+        return rows[0][0] if rows else None
+
+    def delete_group(self, group_id: str) -> None:
+        with self._changing() as db:
+            db.write("DELETE FROM groups WHERE group_id=?", (group_id,))
+
+    # -- chords
+
+    def _read_chord(self, group_id: str) -> Optional[Chord]:
+        rows = self._database().read(
+            "SELECT size, extra, arrived, claim, claimed_until, done, expires FROM chords WHERE group_id=?",
+            (group_id,),
+        )
+        return Chord(*rows[0]) if rows else None
+
+    def _write_chord(self, group_id: str, chord: Chord) -> None:
+        self._database().write(_WRITE_CHORD, (group_id, *chord))
+
+    def _write_body(self, group_id: str, body: bytes) -> None:
+        self._database().write(
+            "INSERT OR REPLACE INTO chord_bodies(group_id, body) VALUES(?, ?)", (group_id, body)
+        )
+
+    def _add_part(self, group_id: str, place: int, task_id: str, entry: bytes) -> bool:
+        if len(entry) > MAX_BODY_BYTES:
+            raise BackendStoreError(
+                f"SQLite file {self._path!r}: a part of a chord of {len(entry)} bytes is too large, the most"
+                f" is {MAX_BODY_BYTES}", task_id=task_id,
+            )  # fmt: skip
+        added = self._database().write(
+            "INSERT OR IGNORE INTO chord_parts(group_id, place, task_id, entry) VALUES(?, ?, ?, ?)",
+            (group_id, place, task_id, entry),
+        )
+        return added > 0
+
+    def _drop_parts(self, group_id: str) -> None:
+        db = self._database()
+        db.write("DELETE FROM chord_bodies WHERE group_id=?", (group_id,))
+        db.write("DELETE FROM chord_parts WHERE group_id=?", (group_id,))
+
+    def chord_entries(self, group_id: str) -> List[bytes]:
+        rows = self._read(
+            "SELECT entry FROM chord_parts WHERE group_id=? AND place>? ORDER BY place, task_id",
+            (group_id, MARK_PLACE),
+        )
+        return [entry for (entry,) in rows]
+
+    def chords_left_over(self, now: float) -> List[Tuple[str, bytes]]:
+        # A claim that lasts too long is of a clock that was set back.
+        return self._read(
+            "SELECT group_id, body FROM chords JOIN chord_bodies USING(group_id)"
+            " WHERE (claimed_until<=? OR claimed_until>?) AND NOT done AND arrived>=size+extra"
+            f" AND (expires IS NULL OR expires>?) LIMIT {MOST_LEFT_OVER}",
+            (now, now + SENDING_S, now),
+        )

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Before the id of a task in the keys of a key-value store.
 KEY_PREFIX = "celery-task-meta-"
+#: The same for a saved group.
+GROUP_KEY_PREFIX = "celery-taskset-meta-"
 #: Before the hash of an id that the store's keys cannot hold.
 HASHED = "sha256-"
 
@@ -51,10 +53,10 @@ _MSGPACK = re.compile(
 _YAML = re.compile(rb"""^status: *['"]?([^\s'"]+)['"]?[ \r]*$""", re.MULTILINE)
 
 
-def key_prefix(global_keyprefix: str) -> str:
+def key_prefix(global_keyprefix: str, kind: str = KEY_PREFIX) -> str:
     """Return what stands before an id, with the option `global_keyprefix` joined as Celery does."""
     joint = "" if not global_keyprefix or global_keyprefix[-1] in ":_-." else "_"
-    return f"{global_keyprefix}{joint}{KEY_PREFIX}"
+    return f"{global_keyprefix}{joint}{kind}"
 
 
 def plain_or_hashed(task_id: str, plain: Pattern[str]) -> str:

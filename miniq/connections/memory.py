@@ -98,6 +98,12 @@ class MemoryBroker:
         self.dead_letters: Dict[int, Tuple[str, str, float, Row]] = {}
         #: task id -> (result, when it is over)
         self.results: Dict[str, Tuple[Any, Optional[float]]] = {}
+        #: group id -> (body, when it is over)
+        self.groups: Dict[str, Tuple[bytes, Optional[float]]] = {}
+        #: group id -> record, body, and {(place, task id): entry}; see `backends.chords`.
+        self.chords: Dict[str, Any] = {}
+        self.chord_bodies: Dict[str, bytes] = {}
+        self.chord_parts: Dict[str, Dict[Tuple[int, str], bytes]] = {}
         #: Grows with every change; a consumer compares it to see whether to look.
         self.version = 0
         # Heaps of candidates.  An entry counts only while its row still says the same.
@@ -182,6 +188,12 @@ class MemoryBroker:
         self._undo.clear()
         self._added.clear()
         self._has_results = self._doomed = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this thread is in a transaction."""
+        with self.lock:
+            return self._depth > 0
 
     def on_undo(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Note how to take back a change; called before it is made, inside the context."""

@@ -26,6 +26,7 @@ import os
 import threading
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from .claims import ClaimLost
 from .redis import Connection, Options, Part, ReplyError, Script, Server
 
 #: A code of `RUN` and its arguments.
@@ -45,6 +46,8 @@ MOST_CLAIMED = 500
 #:     drop OWNER ID                 away
 #:     swap OWNER ID COMMAND ...     away, and the command instead
 #:     dead KEY                      nothing at all is done if this key exists: its owner lives
+#:     claim KEY TOKEN GROUP         nothing at all is done if this key does not hold the token: another
+#:                                   one ends the chord
 #:
 #: Operations pass over messages that are not the owner's any more; groups must not hold such a one.
 RUN = Script(
@@ -122,12 +125,14 @@ local function store(key, body, px, state)
 end
 
 local ops, groups = tonumber(ARGV[2]), tonumber(ARGV[3])
-local gone = {}
+local gone, lost = {}, {}
 local at = 4
 for _ = 1, ops do
   local code = ARGV[at]
   if code == 'dead' then
     if call('EXISTS', ARGV[at + 2]) == 1 then gone[1] = 'alive' end
+  elseif code == 'claim' then
+    if call('GET', ARGV[at + 2]) ~= ARGV[at + 3] then lost[#lost + 1] = ARGV[at + 4] end
   -- An error undoes nothing that was done before it: keys of another type are found before anything is.
   elseif code == 'store' then
     call('STRLEN', ARGV[at + 2])
@@ -152,7 +157,7 @@ for n = 1, groups do
   settled[n] = {owner, ends, late, first, states}
   at = last + 1 + late + early
 end
-if #gone > 0 then return {gone} end
+if #gone + #lost > 0 then return {gone, lost} end
 -- A full server lets a script go on writing that has begun with what frees memory: work must go on there.
 if groups > 0 then call('HDEL', unacked, '') end
 local claim = at
@@ -165,7 +170,7 @@ for _ = 1, ops do
     call(unpack(ARGV, at + 2, last))
   elseif code == 'store' then
     store(ARGV[at + 2], ARGV[at + 3], ARGV[at + 4], ARGV[at + 5])
-  elseif code ~= 'dead' then
+  elseif code ~= 'dead' and code ~= 'claim' then
     -- These do nothing where the message is not the owner's any more.
     local state, item, list = find(owner, id)
     if state then remove(owner, id, state) end
@@ -376,7 +381,8 @@ def run_ops(
 ) -> Tuple[List[bytes], Claimed]:
     """Run operations, then a claim; return what of the operations is not its owner's, and the catch.
 
-    If there is such an id, nothing was done.  Stores need no `layout`.
+    If there is such an id, nothing was done; nor is it where `ClaimLost` is raised.  Stores need no
+    `layout`.
     """
     keys: List[Part] = ["unacked", "unacked_index"] if layout is None else [layout.unacked, layout.index]
     args: List[Part] = ["" if layout is None else layout.prefix, len(ops), len(settles)]
@@ -404,6 +410,8 @@ def run_ops(
         args += claim.queues
     reply: List[Any] = connection.run(RUN, keys, args, timeout_s=timeout_s)
     if len(reply) < 4:
+        if len(reply) == 2 and not reply[0]:
+            raise ClaimLost([group_id.decode() for group_id in reply[1]])
         return reply[0], _NOTHING
     _, due, revoked, found, bad = reply
     return reply[0], Claimed(

@@ -87,6 +87,23 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
             content_encoding TEXT, expires REAL)""",
         "CREATE INDEX results_expires ON results(expires) WHERE expires IS NOT NULL",
     ),
+    (
+        "CREATE TABLE groups(group_id TEXT PRIMARY KEY, body BLOB NOT NULL, expires REAL)",
+        "CREATE INDEX groups_expires ON groups(expires) WHERE expires IS NOT NULL",
+        # A record is rewritten with each arrival, so the body is not in it.
+        """CREATE TABLE chords(
+            group_id TEXT PRIMARY KEY, size INTEGER, extra INTEGER NOT NULL, arrived INTEGER NOT NULL,
+            claim TEXT, claimed_until REAL, done INTEGER NOT NULL, expires REAL)""",
+        "CREATE INDEX chords_claimed ON chords(claimed_until) WHERE claimed_until IS NOT NULL",
+        "CREATE INDEX chords_expires ON chords(expires) WHERE expires IS NOT NULL",
+        "CREATE TABLE chord_bodies(group_id TEXT PRIMARY KEY, body BLOB NOT NULL)",
+        """CREATE TABLE chord_parts(
+            group_id TEXT NOT NULL, place INTEGER NOT NULL, task_id TEXT NOT NULL, entry BLOB NOT NULL,
+            PRIMARY KEY(group_id, place, task_id)) WITHOUT ROWID""",
+        """CREATE TRIGGER chord_deleted AFTER DELETE ON chords BEGIN
+            DELETE FROM chord_bodies WHERE group_id=old.group_id;
+            DELETE FROM chord_parts WHERE group_id=old.group_id; END""",
+    ),
 )
 
 #: Largest number of ids in one statement; old SQLite allows 999 variables.

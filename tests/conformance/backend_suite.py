@@ -11,9 +11,11 @@ from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 from transport_suite import Clock
+from waiting import wait_until
 
 from miniq import states
 from miniq.backends.base import Backend, StoredResult, backend_class
+from miniq.exceptions import ImproperlyConfigured
 
 
 def result(
@@ -153,6 +155,45 @@ class BackendSuite:
         left_s = found["a"].expires_s
         assert left_s is not None and 6.0 - self.slack_s <= left_s <= 6.0
         assert found["b"].expires_s is None
+
+    # -- groups
+
+    def test_group_comes_back_as_it_was_saved(self, backend: Backend) -> None:
+        self.need_groups(backend)
+        assert backend.load_group("g") is None
+        first, second = b'{"result": [["g", null], []]}', b'{"result": [["g", null], [[["a", null], null]]]}'
+        for body in (first, second, second):
+            backend.save_group("g", body, 60.0)
+            assert backend.load_group("g") == body
+        backend.save_group("other", first, None)
+        backend.delete_group("g")
+        backend.delete_group("unknown")
+        assert backend.load_group("g") is None
+        assert backend.load_group("other") == first
+        # It is no result, nor the other way round.
+        assert backend.fetch(["other"]) == {}
+
+    def test_expired_group_is_unknown(self, backend: Backend, clock: Clock) -> None:
+        self.need_groups(backend)
+        backend.save_group("g", b"{}", self.kept_s)
+        backend.save_group("kept", b"{}", None)
+        assert backend.expire() == 0
+        self.pass_time(clock, self.kept_s)
+        wait_until(lambda: backend.load_group("g") is None)
+        assert backend.expire() == (1 if self.needs_expire else 0)
+        assert backend.load_group("kept") == b"{}"
+
+    def need_groups(self, backend: Backend) -> None:
+        """Skip the test where no groups are kept, and see that they are refused."""
+        if backend.keeps_no_groups:
+            for refused in (
+                lambda: backend.save_group("g", b"{}", None),
+                lambda: backend.load_group("g"),
+                lambda: backend.delete_group("g"),
+            ):
+                with pytest.raises(ImproperlyConfigured, match="group 'g'.*result_backend"):
+                    refused()
+            pytest.skip(f"groups are refused: {backend.keeps_no_groups}")
 
     # -- waiting
 

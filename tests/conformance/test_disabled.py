@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from miniq.backends.base import StoredResult, backend_class
+from miniq.exceptions import ImproperlyConfigured
 
 
 def test_disabled_backend_takes_everything_and_has_nothing() -> None:
@@ -16,4 +19,7 @@ def test_disabled_backend_takes_everything_and_has_nothing() -> None:
     assert list(backend.wait(["a"], None)) == []
     backend.forget(["a"])
     assert backend.expire() == 0
+    assert not backend.counts_chords
+    with pytest.raises(ImproperlyConfigured, match="group 'g'.*no result backend is configured"):
+        backend.save_group("g", b"{}", None)
     backend.close()

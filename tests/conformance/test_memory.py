@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Iterator
 
 import pytest
-from backend_suite import BackendSuite
+from chord_suite import ChordSuite
 from transport_suite import TransportSuite
 
 from miniq.connections import memory
@@ -30,7 +30,9 @@ class TestMemoryTransport(TransportSuite):
         transport.broker.owner_lost(consumer.node)
 
 
-class TestMemoryBackend(BackendSuite):
+class TestMemoryBackend(ChordSuite):
+    for_many_processes = False
+
     @pytest.fixture
     def url(self, memory_url: str) -> str:
         return memory_url

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Iterator
 
 import pytest
-from backend_suite import BackendSuite
+from chord_suite import ChordSuite
 from servers import RedisServer
 from transport_suite import Clock
 
@@ -14,10 +14,11 @@ from miniq.connections import listener
 from miniq.connections.redis import Server
 
 
-class TestRedisBackend(BackendSuite):
+class TestRedisBackend(ChordSuite):
     keeps_any_bytes = False
     slack_s = 5.0
     needs_expire = False
+    arrives_in_transactions = False
 
     @pytest.fixture
     def url(self, redis_url: str, redis_server: RedisServer) -> Iterator[str]:
@@ -32,3 +33,4 @@ class TestRedisBackend(BackendSuite):
         left_ms = self.server.commands([("PTTL", key) for key in keys], db=self.db)
         shorter = [(key, ms - int(seconds * 1000)) for key, ms in zip(keys, left_ms) if ms >= 0]
         self.server.commands([("PEXPIRE", key, ms) for key, ms in shorter], db=self.db)
+        clock.now += seconds

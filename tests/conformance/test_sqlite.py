@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from backend_suite import BackendSuite
+from chord_suite import ChordSuite
 from transport_suite import TransportSuite
 
 from miniq.transports.base import Consumer, Transport
@@ -24,7 +24,7 @@ class TestSQLiteTransport(TransportSuite):
         consumer._locks.drop(consumer._owner)
 
 
-class TestSQLiteBackend(BackendSuite):
+class TestSQLiteBackend(ChordSuite):
     @pytest.fixture
     def url(self, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/q.db"
