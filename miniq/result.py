@@ -1,28 +1,56 @@
 # SPDX-License-Identifier: MIT
-"""What a caller holds: the id of a task, and the way to its state and value.
+"""What a caller holds: the ids of one task or of many, and the way to their states and values.
 
 Making a result subscribes to nothing and keeps nothing alive; only waiting talks to the backend.
 An unknown id is PENDING, as in Celery: the store cannot tell "not yet" from "never".
+
+A result as data, as it travels in messages and is stored with a group::
+
+    ((task id, parent's tuple or None), None)
+    ((group id, parent's tuple or None), [member's tuple, ...])
+
+Source: the results of Celery 5.7, whose names and tuples these are.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Generic, Iterator, List, Optional, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Generic,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Tuple,
+    Union,
+)
 
 from . import _state, states
-from .backends.base import Backend, StoredResult
-from .exceptions import (
-    BackendError,
-    DecodeError,
-    ImproperlyConfigured,
-    IncompleteStream,
-    TaskRevokedError,
-    TimeoutError,
+from .backends.base import StoredResult
+from .exceptions import DecodeError, IncompleteStream, TaskRevokedError
+from .graph import DependencyGraph
+from .resultbase import (
+    UNKNOWN,
+    Leaf,
+    Meta,
+    Parents,
+    RemoteTraceback,
+    ResultBase,
+    arrivals,
+    assert_may_wait,
+    enabled_backend,
+    read_meta,
+    refuse_ignored,
+    value_of,
 )
-from .serialization import exception_from_dict, loads
+from .resultset import ResultSet
+from .serialization import dumps, loads, serializer
 from .times import parse_iso8601
 
 if TYPE_CHECKING:
@@ -36,35 +64,10 @@ else:
 
     R = TypeVar("R")
 
-#: How a stored meta is read before anything is known: nothing stored.
-_UNKNOWN: Dict[str, Any] = {"status": states.PENDING, "result": None, "traceback": None, "children": None}
-
-
-class RemoteTraceback(Exception):
-    """The traceback of the worker, as text; the `__cause__` of what `get` raises."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        super().__init__(text)
-
-    def __str__(self) -> str:
-        return "\n" + self.text
-
-
-def assert_may_wait() -> None:
-    """Raise `RuntimeError` inside a task of a worker, where waiting may deadlock."""
-    if not _state.join_allowed():
-        raise RuntimeError(
-            "Never call result.get() within a task!  It holds a slot of the worker while it waits for"
-            " another one.  Use link= or a chain; or, where the other task runs in other workers,"
-            " `with miniq.result.allow_join_result():` or get(disable_sync_subtasks=False)."
-        )
-
-
 allow_join_result = _state.allow_join_result
 
 
-class AsyncResult(Generic[R]):
+class AsyncResult(ResultBase, Generic[R]):
     """The result of one call.
 
     May be used from any thread; every access asks the backend until the state is final, which is
@@ -77,39 +80,22 @@ class AsyncResult(Generic[R]):
         backend: Any = None,
         task_name: Optional[str] = None,
         app: Any = None,
-        parent: "Optional[AsyncResult]" = None,
+        parent: Optional[ResultBase] = None,
         ignored: bool = False,
     ) -> None:
         if not id:
             raise ValueError(f"a result needs the id of a task, not {id!r}")
-        self.id = id
+        self.id: str = id
         self.task_name = task_name
         self.parent = parent
         self.ignored = ignored
-        self._app = app
+        if app is not None:
+            self._app = app
         self._backend = backend
-        self._final: Optional[Dict[str, Any]] = None
-        self._then: List[Tuple[Callable[[Any], Any], Optional[Callable[[Any], Any]]]] = []
+        self._final: Optional[Meta] = None
+        self._then = []
 
     # -- identity
-
-    @property
-    def app(self) -> Any:
-        """The app whose settings and backend are used."""
-        if self._app is None:
-            self._app = _state.current_app()
-        return self._app
-
-    @property
-    def backend(self) -> Backend:
-        """The result store, this thread's connection to it.
-
-        Raises `NotImplementedError`, as in Celery, where no result is kept at all.
-        """
-        found: Backend = self.app.backend_for(self._backend)
-        if not found.enabled:
-            raise NotImplementedError("No result backend is configured: set result_backend")
-        return found
 
     @property
     def task_id(self) -> str:
@@ -145,36 +131,27 @@ class AsyncResult(Generic[R]):
     def __deepcopy__(self, memo: Dict[int, Any]) -> "AsyncResult[R]":
         return self
 
-    if not TYPE_CHECKING:  # a checker knows what there is
+    def _leaves(self) -> Iterator[Leaf]:
+        yield self
 
-        def __getattr__(self, name: str) -> Any:
-            raise _state.missing(type(self).__name__, name)
-
-    def as_tuple(self) -> Any:
-        """Return ``((id, parent tuple or None), None)``, the form results have on the wire."""
-        return (self.id, self.parent and self.parent.as_tuple()), None
-
-    def as_list(self) -> List[str]:
-        """Return the ids of this result and its parents."""
-        found = [self.id]
-        if self.parent is not None:
-            found += self.parent.as_list()
-        return found
+    @property
+    def supports_native_join(self) -> bool:
+        """True: many are waited for at once."""
+        return True
 
     # -- state
 
-    def _meta(self) -> Dict[str, Any]:
+    def _meta(self) -> Meta:
         if self._final is not None:
             return self._final
         stored = self.backend.fetch([self.id]).get(self.id)
-        return self._read(stored) if stored is not None else _UNKNOWN
+        return self._read(stored) if stored is not None else UNKNOWN
 
-    def _read(self, stored: StoredResult) -> Dict[str, Any]:
+    def _read(self, stored: StoredResult) -> Meta:
         meta = read_meta(stored, self.app.result_accept)
         if meta["status"] in states.READY_STATES:
             self._final = meta
-            while self._then:
-                self._tell(*self._then.pop(0))
+            self._tell_all()
         return meta
 
     @property
@@ -187,7 +164,7 @@ class AsyncResult(Generic[R]):
     @property
     def result(self) -> Any:
         """The return value, or the exception (not raised), or the meta of a custom state."""
-        return _value(self._meta())
+        return value_of(self._meta())
 
     info = result
 
@@ -203,13 +180,9 @@ class AsyncResult(Generic[R]):
         return parse_iso8601(text) if text else None
 
     @property
-    def children(self) -> "List[AsyncResult]":
-        """The results of tasks that this one sent; of a group, its members."""
-        found: List[AsyncResult] = []
-        for child in self._meta().get("children") or ():
-            members = child[1] if isinstance(child, (list, tuple)) and len(child) > 1 else None
-            found += [result_from_tuple(one, self.app) for one in members or (child,)]
-        return found
+    def children(self) -> "List[AnyResult]":
+        """The results of what this task sent: of tasks, and of groups with theirs."""
+        return [result_from_tuple(child, self.app) for child in self._meta().get("children") or ()]
 
     @property
     def name(self) -> Optional[str]:
@@ -277,56 +250,24 @@ class AsyncResult(Generic[R]):
         between two looks where the backend cannot push.  `on_message` sees every meta on the way,
         `on_interval` is called at least every `interval` seconds, `callback(id, value)` at the end.
 
+        With `follow_parents`, the error of a failed parent is raised where this task did not end: it
+        never will.  A chord's header is no such parent: the body fails with `ChordError`, which is raised.
+
         Raises `miniq.exceptions.TimeoutError`; the task's own exception, with the worker's traceback
         as its cause; `RuntimeError` inside a task; `ImproperlyConfigured` when the result is ignored
         or no backend is configured: it would never come.
         """
         if disable_sync_subtasks:
             assert_may_wait()
-        if self.ignored:
-            raise ImproperlyConfigured(
-                f"the result of task {self.id} is ignored (ignore_result), so it will never be there to get"
-            )
-        if follow_parents and propagate and self.parent is not None:
-            for parent in reversed(list(self.parent._upwards())):
-                parent.maybe_throw()
-        meta = self._final or self._wait(timeout, interval, on_message, on_interval)
-        value: R = self._give(meta, propagate, callback)
+        refuse_ignored((self,))
+        if self._final is None:
+            parents = Parents(self) if follow_parents and propagate and self.parent is not None else None
+            for _ in arrivals((self,), timeout, interval, on_message, on_interval, parents):
+                pass  # itself
+        value: R = self._give(self._meta(), propagate, callback)
         return value
 
     wait = get
-
-    def _wait(
-        self,
-        timeout: Optional[float],
-        interval: float,
-        on_message: Optional[Callable[[Dict[str, Any]], Any]],
-        on_interval: Optional[Callable[[], Any]],
-    ) -> Dict[str, Any]:
-        backend = self.backend
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            step = left if on_interval is None else interval if left is None else min(interval, left)
-            for stored in backend.wait([self.id], step, interval, on_message is not None):
-                meta = self._read(stored)
-                if on_message is not None:
-                    on_message(meta)
-                if meta["status"] in states.READY_STATES:
-                    return meta
-            if left is not None and (left <= 0 or on_interval is None):
-                raise TimeoutError(
-                    f"task {self.id} did not end within {timeout} s; {self._state_in_words()}"
-                )
-            if on_interval is not None:
-                on_interval()
-
-    def _state_in_words(self) -> str:
-        try:
-            state = self.state
-        except BackendError as error:
-            return f"its state cannot be read: {error}"
-        return f"its state is {state} (PENDING is also what an unknown or expired id looks like)"
 
     def maybe_throw(
         self, propagate: bool = True, callback: Optional[Callable[[str, Any], Any]] = None
@@ -336,10 +277,8 @@ class AsyncResult(Generic[R]):
 
     maybe_reraise = maybe_throw
 
-    def _give(
-        self, meta: Dict[str, Any], propagate: bool, callback: Optional[Callable[[str, Any], Any]]
-    ) -> Any:
-        value = _value(meta)
+    def _give(self, meta: Meta, propagate: bool, callback: Optional[Callable[[str, Any], Any]] = None) -> Any:
+        value = value_of(meta)
         if propagate and meta["status"] in states.PROPAGATE_STATES:
             if not isinstance(value, BaseException):
                 kind = TaskRevokedError if meta["status"] == states.REVOKED else DecodeError
@@ -355,44 +294,34 @@ class AsyncResult(Generic[R]):
             callback(self.id, value)
         return value
 
-    def then(self, callback: Callable[[Any], Any], on_error: Optional[Callable[[Any], Any]] = None) -> None:
-        """Call `callback(self)` when it is known to have succeeded, `on_error(self)` when it failed.
+    def _outcome(self, propagate: bool) -> Any:
+        return self._give(self._meta(), propagate)
 
-        At once if it has ended; else in the thread that finds that out, by `get` or `state`.
-        """
-        if self._final is None and not self.ready():
-            self._then.append((callback, on_error))
-        else:
-            self._tell(callback, on_error)
-
-    def _tell(self, callback: Callable[[Any], Any], on_error: Optional[Callable[[Any], Any]]) -> None:
-        found = callback if self.successful() else on_error
-        if found is not None:
-            found(self)
+    def _drop(self) -> None:
+        self._final = None
 
     # -- relatives
 
-    def _upwards(self) -> "Iterator[AsyncResult]":
-        node: Optional[AsyncResult] = self
-        while node is not None:
-            yield node
-            node = node.parent
-
-    def iterdeps(self, intermediate: bool = False) -> "Iterator[Tuple[Optional[AsyncResult], AsyncResult]]":
+    def iterdeps(self, intermediate: bool = False) -> "Iterator[Tuple[Optional[AnyResult], AnyResult]]":
         """Yield (parent, result) for this one and all that descend from it, nearest first.
 
         Raises `IncompleteStream` at one that has not ended, unless `intermediate`.
         """
-        left: "Deque[Tuple[Optional[AsyncResult], AsyncResult]]" = deque([(None, self)])
+        left: "Deque[Tuple[Optional[AnyResult], AnyResult]]" = deque([(None, self)])
+        seen = set()
         while left:
             parent, node = left.popleft()
             yield parent, node
+            key = node.id or id(node)
+            if key in seen:
+                continue
+            seen.add(key)
             if node.ready():
                 left.extend((node, child) for child in node.children)
             elif not intermediate:
                 raise IncompleteStream(f"task {node.id} has not ended, its children are not known yet")
 
-    def collect(self, intermediate: bool = False, **options: Any) -> "Iterator[Tuple[AsyncResult, Any]]":
+    def collect(self, intermediate: bool = False, **options: Any) -> "Iterator[Tuple[AnyResult, Any]]":
         """Wait for this one and all that descend from it; yield (result, value).
 
         `options` are those of `get`.
@@ -404,28 +333,22 @@ class AsyncResult(Generic[R]):
         """Wait for the last of the descendants; return its value."""
         return deque(self.collect(), maxlen=1).pop()[1]
 
-    # -- influence
+    def build_graph(self, intermediate: bool = False) -> DependencyGraph:
+        """Return this one and all that descend from it, with an edge from each to what it sent.
 
-    def forget(self) -> None:
-        """Delete the stored result, and those of its parents."""
-        self._final = None
-        self.backend.forget([node.id for node in self._upwards()])
-
-    def revoke(
-        self,
-        connection: None = None,
-        terminate: bool = False,
-        signal: Optional[str] = None,
-        wait: bool = False,
-        timeout: Optional[float] = None,
-    ) -> None:
-        """Tell all workers not to run it; with `terminate`, stop it where it runs.
-
-        Nobody answers in this version of miniq, so ``wait=True`` raises `ImproperlyConfigured`.
+        Errors as `iterdeps`.
         """
-        if wait or connection is not None:
-            raise ImproperlyConfigured("revoke: this version of miniq takes neither wait= nor connection=")
-        self.app.control.revoke(self.id, terminate=terminate, signal=signal or "SIGTERM")
+        graph = DependencyGraph()
+        for parent, node in self.iterdeps(intermediate):
+            graph.add_arc(node)
+            if parent is not None:
+                graph.add_edge(parent, node)
+        return graph
+
+    @property
+    def graph(self) -> DependencyGraph:
+        """All that descends from it; see `build_graph`."""
+        return self.build_graph()
 
 
 class EagerResult(AsyncResult[R]):
@@ -475,46 +398,127 @@ class EagerResult(AsyncResult[R]):
         **__: Any,
     ) -> R:
         """Return the value or raise the exception, at once."""
-        value: R = self._give({**self._meta(), "traceback": None}, propagate, callback)
+        value: R = self._give(self._meta(), propagate, callback)
         return value
 
     wait = get
 
+    def _give(self, meta: Meta, propagate: bool, callback: Optional[Callable[[str, Any], Any]] = None) -> Any:
+        # The exception itself is here, with the traceback it was raised with.
+        return super()._give({**meta, "traceback": None}, propagate, callback)
+
     def forget(self) -> None:
         """Nothing is stored."""
+
+    def _drop(self) -> None:
+        """Keep it: it is nowhere else."""
 
     def revoke(self, *_: Any, **__: Any) -> None:
         """Too late: mark it REVOKED."""
         self._meta()["status"] = states.REVOKED
 
 
-def read_meta(stored: StoredResult, accept: Any) -> Dict[str, Any]:
-    """Decode a stored meta; an exception in it stays the dict that it is stored as."""
-    meta: Dict[str, Any] = loads(stored.body, stored.content_type, stored.content_encoding, accept)
-    if not isinstance(meta, dict) or "status" not in meta:
-        raise DecodeError(f"the stored result of task {stored.task_id} is no result meta: {meta!r:.200}")
-    meta.setdefault("result", None)
-    return meta
+class GroupResult(ResultSet):
+    """The results of a group: a `ResultSet` with the group's id, which can be saved and restored by it."""
+
+    def __init__(
+        self,
+        id: Optional[str] = None,  # noqa: A002 - Celery's public name
+        results: Iterable[Any] = (),
+        parent: Optional[ResultBase] = None,
+        app: Any = None,
+    ) -> None:
+        super().__init__(results, app)
+        self.id = id
+        self.parent = parent
+
+    def __bool__(self) -> bool:
+        return bool(self.id or self.results)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, GroupResult):
+            return (other.id, other.results, other.parent) == (self.id, self.results, self.parent)
+        if isinstance(other, str):
+            return other == self.id
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __str__(self) -> str:
+        return str(self.id)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.id} [{', '.join(str(one.id) for one in self.results)}]>"
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return methodcaller("GroupResult", self.id, self.results, parent=self.parent), (self.app,)
+
+    # -- keeping
+
+    def save(self, backend: Any = None) -> None:
+        """Write down which tasks belong to it, in `backend` (default: the app's), for `restore`.
+
+        Kept for `result_expires`.  Raises `BackendError`, and `ImproperlyConfigured` where the store
+        keeps no groups.
+        """
+        if not self.id:
+            raise ValueError(f"{self!r} has no id under which it could be saved")
+        _, _, body = dumps({"result": self.as_tuple()}, self.app.conf.result_serializer)
+        enabled_backend(self.app, backend).save_group(self.id, body, self.app.conf.result_expires)
+
+    def delete(self, backend: Any = None) -> None:
+        """Delete what `save` wrote; the results themselves stay."""
+        if self.id:
+            enabled_backend(self.app, backend).delete_group(self.id)
+
+    @classmethod
+    def restore(cls, id: str, backend: Any = None, app: Any = None) -> "Optional[GroupResult]":  # noqa: A002
+        """Return the group that was saved under `id`, None if there is none.
+
+        Raises `BackendError`, `ImproperlyConfigured` where the store keeps no groups, and `DecodeError`
+        for what is none.
+        """
+        app = app or cls._app or _state.current_app()
+        body = enabled_backend(app, backend).load_group(id)
+        if body is None:
+            return None
+        by = serializer(app.conf.result_serializer)
+        meta = loads(body, by.content_type, by.content_encoding, app.result_accept)
+        try:
+            found = result_from_tuple(meta["result"], app)
+        except (TypeError, KeyError, ValueError) as error:
+            raise DecodeError(f"what is saved under the group id {id!r} cannot be read: {error!r}") from error
+        if not isinstance(found, GroupResult):
+            raise DecodeError(f"what is saved under the group id {id!r} is no group: {meta!r:.200}")
+        return found
 
 
-def _value(meta: Dict[str, Any]) -> Any:
-    """Return what `meta` holds.
+AnyResult = Union[AsyncResult[Any], GroupResult]
 
-    An exception is made anew each time: one that was raised keeps the frames it went through, and
-    with them whatever their locals hold.
+
+def result_from_tuple(value: Any, app: Any = None) -> AnyResult:
+    """Build a result, its members and its parents from `as_tuple` (or from a bare id).
+
+    `ValueError` for what is no such tuple.
     """
-    value = meta["result"]
-    if meta["status"] in states.EXCEPTION_STATES and isinstance(value, dict):
-        return exception_from_dict(value)
-    return value
-
-
-def result_from_tuple(value: Any, app: Any = None) -> AsyncResult:
-    """Build a result from `AsyncResult.as_tuple` (or a bare id)."""
-    if isinstance(value, AsyncResult):
-        return value
-    head = value if isinstance(value, str) else value[0]
-    if isinstance(head, str):
-        return AsyncResult(head, app=app)
-    task_id, parent = head
-    return AsyncResult(task_id, app=app, parent=result_from_tuple(parent, app) if parent else None)
+    above: "List[Tuple[Any, Any]]" = []
+    node = value
+    while node is not None and not isinstance(node, (AsyncResult, GroupResult)):
+        try:
+            head, members = (node, None) if isinstance(node, str) else node
+            found_id, node = (head, None) if isinstance(head, str) else head
+        except (TypeError, ValueError):
+            raise ValueError(f"no result as a tuple: {node!r:.200}") from None
+        above.append((found_id, members))
+    for found_id, members in reversed(above):
+        if members is None and found_id and isinstance(found_id, str):
+            node = AsyncResult(found_id, app=app, parent=node)
+        elif isinstance(members, (list, tuple)) and isinstance(found_id, (str, type(None))):
+            node = GroupResult(found_id, [result_from_tuple(one, app) for one in members], node, app)
+        else:
+            raise ValueError(f"no result as a tuple: {(found_id, members)!r:.200}")
+    if node is None:
+        raise ValueError("no result as a tuple: None")
+    found: AnyResult = node
+    return found

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any, Callable, List, Optional
 
 import pytest
+from storing import store
 from waiting import wait_until
 from workers import environment
 
 from miniq import MiniQ, __version__
 from miniq.cli.main import main
+from miniq.result import GroupResult
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -384,6 +387,36 @@ def test_call_result_queues_and_purge(inside: Any, worker_process: Any, run: Run
     assert code == 0 and "Traceback (most recent call last)" in out
     code, out, _ = inside("result", "nobody")
     assert code == 0 and out.startswith("PENDING")
+
+
+def test_watch_follows_tasks_and_saved_groups(
+    inside: Any, program: Any, make_app: Any, tmp_path: Path, sqlite_url: str
+) -> None:
+    app = make_app("proj")
+    error = {"exc_type": "ValueError", "exc_message": ["no"], "exc_module": "builtins"}
+    store(app, "good", "SUCCESS", 5)
+    store(app, "bad", "FAILURE", error)
+    store(app, "half", "PROGRESS", {"current": 1, "total": 2})
+    for group_id, ids in (("ended", ("good", "bad")), ("going", ("good", "half"))):
+        GroupResult(group_id, [app.AsyncResult(one) for one in ids], app=app).save()
+
+    assert inside("result", "good", "--watch") == (0, "SUCCESS: 5\n", "100 %  SUCCESS  0:00\n")
+    code, out, _ = inside("result", "bad", "--watch")
+    assert (code, out) == (1, "FAILURE: ValueError('no')\n")
+    code, out, err = inside("result", "half", "--watch", "--timeout", "0.01")
+    assert (code, out) == (1, "PROGRESS: {'current': 1, 'total': 2}\n")
+    assert err.splitlines()[0] == "50 %  1/2  PROGRESS  0:00"
+    code, out, err = inside("result", "ended", "--watch", "--json")
+    told = {"id": "ended", "state": "FAILURE", "result": [5, "ValueError('no')"], "traceback": None}
+    assert (code, json.loads(out)) == (1, told) and "2/2  FAILURE, 1 failed" in err
+    code, out, err = inside("result", "going", "--watch", "--timeout", "0")
+    assert (code, out, err) == (1, "STARTED: None\n", "75 %  1/2  STARTED  0:00\n")
+
+    variables = environment(tmp_path, MINIQ_BROKER_URL=sqlite_url)
+    watching = program([sys.executable, "-m", "miniq", "result", "half", "--watch"], env=variables)
+    watching.wait_for("50 %")
+    watching.send(signal.SIGINT)
+    assert watching.wait() == 130 and "Traceback" not in watching.log
 
 
 @pytest.mark.parametrize(

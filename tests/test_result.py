@@ -6,23 +6,28 @@ from __future__ import annotations
 import copy
 import datetime
 import gc
+import io
+import json
 import threading
 import weakref
 from typing import Any, Iterator, List
 
 import pytest
 from bench import Bench, new_broker
+from storing import ERROR, STORES, make_app, store
 
-from miniq import AsyncResult, MiniQ, Task, states
+from miniq import AsyncResult, MiniQ, Task, resultbase, states
 from miniq.exceptions import (
+    BackendGetMetaError,
+    ChordError,
     DecodeError,
     ImproperlyConfigured,
     IncompleteStream,
     TaskRevokedError,
     TimeoutError,
 )
-from miniq.result import allow_join_result, result_from_tuple
-from miniq.task import Context
+from miniq.graph import DependencyGraph
+from miniq.result import GroupResult, allow_join_result, result_from_tuple
 from miniq.testing import start_worker
 
 
@@ -30,19 +35,11 @@ def nope() -> Any:
     raise KeyError("nope")
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def app(request: Any, sqlite_url: str) -> Iterator[MiniQ]:
-    made = MiniQ("tests", broker=new_broker() if request.param == "memory" else sqlite_url)
+@pytest.fixture(params=STORES)
+def app(request: Any) -> Iterator[MiniQ]:
+    made = make_app(request)
     yield made
     made.close()
-
-
-def store(app: MiniQ, task_id: str, state: str, value: Any, **request: Any) -> None:
-    traceback = request.pop("traceback", None)
-    children = request.pop("children", [])
-    context = Context(id=task_id, **request)
-    context.children.extend(children)
-    app.backend.store([app.runner.encode(context, state, value, traceback)])
 
 
 def ran(app: MiniQ, task: Any, *args: Any, **options: Any) -> AsyncResult:
@@ -137,7 +134,7 @@ def test_a_result_that_is_none_is_an_error_which_says_whose(app: MiniQ) -> None:
     store(app, "one", states.SUCCESS, 5)
     (good,) = app.backend.fetch(["one"]).values()
     app.backend.store([good._replace(task_id="two", body=b"[1]")])
-    with pytest.raises(DecodeError, match="two"):
+    with pytest.raises((DecodeError, BackendGetMetaError), match="two"):
         _ = app.AsyncResult("two").state
 
 
@@ -211,6 +208,50 @@ def test_parents_errors_are_raised_first(app: MiniQ) -> None:
         result.get(timeout=10)
     with pytest.raises(TimeoutError):
         result.get(timeout=0, follow_parents=False)
+    with pytest.raises(TimeoutError):
+        result.get(timeout=0, propagate=False)
+    store(app, "one", states.SUCCESS, 5)
+    assert result.get(timeout=10) == 5
+
+
+def test_a_parent_that_fails_later_ends_the_wait(app: MiniQ, monkeypatch: Any) -> None:
+    monkeypatch.setattr(resultbase, "FIRST_LOOK_S", 0.01)
+    top, middle = app.AsyncResult("top"), app.AsyncResult("middle")
+    middle.parent = top
+    result = app.AsyncResult("one", parent=middle)
+    store(app, "top", states.SUCCESS, 1)
+    fail = iter([lambda: None, lambda: app.control.revoke("middle")])
+    with pytest.raises(TaskRevokedError):
+        result.get(on_interval=lambda: next(fail, lambda: None)(), interval=0.01)
+    with pytest.raises(TimeoutError, match="task one did not end"):
+        result.get(timeout=0.01, follow_parents=False)
+
+
+def test_a_chord_fails_with_what_its_body_says(app: MiniQ) -> None:
+    header = GroupResult("header", [app.AsyncResult("a"), app.AsyncResult("b")], app=app)
+    store(app, "a", states.FAILURE, ERROR)
+    result = app.AsyncResult("body", parent=header)
+    with pytest.raises(TimeoutError):
+        result.get(timeout=0.05)
+
+    def finish() -> None:
+        error = {"exc_type": "ChordError", "exc_message": ["a raised"], "exc_module": "celery.exceptions"}
+        store(app, "b", states.SUCCESS, 1)
+        store(app, "body", states.FAILURE, error)
+
+    with pytest.raises(ChordError, match="a raised"):
+        result.get(on_interval=finish, interval=0.01)
+
+
+def test_a_chord_whose_body_nobody_ended_fails_with_its_header(app: MiniQ, monkeypatch: Any) -> None:
+    monkeypatch.setattr(resultbase, "FIRST_LOOK_S", 0.01)
+    header = GroupResult("header", [app.AsyncResult("a"), app.AsyncResult("b")], app=app)
+    store(app, "a", states.SUCCESS, 1)
+    store(app, "b", states.FAILURE, ERROR)
+    with pytest.raises(ValueError, match="no"):
+        app.AsyncResult("body", parent=header).get(timeout=60)
+    file = io.StringIO()
+    assert app.AsyncResult("body", parent=header).watch(file, interval=0.01) == "FAILURE"
 
 
 def test_a_raised_error_does_not_keep_the_callers_frames(app: MiniQ) -> None:
@@ -299,10 +340,48 @@ def test_descendants_of_what_has_not_ended_are_unknown(app: MiniQ) -> None:
     assert len(list(app.AsyncResult("one").iterdeps(intermediate=True))) == 1
 
 
-def test_a_group_among_the_children_gives_its_members(app: MiniQ) -> None:
+def test_children_are_results_of_any_kind(app: MiniQ) -> None:
     group = (("group-id", None), [(("a", None), None), (("b", None), None)])
-    store(app, "one", states.SUCCESS, 5, children=[group, (("c", None), None)])
-    assert [child.id for child in app.AsyncResult("one").children] == ["a", "b", "c"]
+    store(app, "one", states.SUCCESS, 5, children=[group, (("c", (("above", None), None)), None)])
+    for number, one in enumerate("abc"):
+        store(app, one, states.SUCCESS, number)
+    of_group, of_task = app.AsyncResult("one").children
+    assert isinstance(of_group, GroupResult) and isinstance(of_task, AsyncResult)
+    assert of_group.get(timeout=1) == [0, 1] and of_group.as_list() == ["a", "b"]
+    assert (of_task.get(timeout=1), of_task.parent) == (2, "above")
+
+
+def test_all_that_descends_from_a_task_can_be_drawn(app: MiniQ) -> None:
+    group = (("group-id", None), [(("a", None), None), (("b", None), None)])
+    store(app, "one", states.SUCCESS, 5, children=[group, (('say "c"', None), None)])
+    for one in ("a", "b", 'say "c"'):
+        store(app, one, states.SUCCESS, one)
+    result = app.AsyncResult("one")
+    graph = result.graph
+    assert [(str(start), str(end)) for start, end in graph.edges()] == [
+        ("one", "group-id"),
+        ("one", 'say "c"'),
+        ("group-id", "a"),
+        ("group-id", "b"),
+    ]
+    assert [str(node) for node in graph.topsort()] == ["one", "group-id", 'say "c"', "a", "b"]
+    assert len(graph) == 5 and result in graph and graph[result] == ["group-id", 'say "c"']
+    file = io.StringIO()
+    graph.to_dot(file)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "digraph dependencies {" and lines[-1] == "}"
+    assert '    "one";' in lines and r'    "one" -> "say \"c\"";' in lines
+    assert [value for _, value in result.collect()] == [5, ["a", "b"], 'say "c"', "a", "b"]
+
+
+def test_descendants_in_a_circle_come_to_an_end(app: MiniQ) -> None:
+    store(app, "one", states.SUCCESS, 1, children=[(("two", None), None)])
+    store(app, "two", states.SUCCESS, 2, children=[(("one", None), None)])
+    graph = app.AsyncResult("one").build_graph()
+    assert list(graph) == ["one", "two"]
+    with pytest.raises(ValueError, match="cycle"):
+        graph.topsort()
+    assert DependencyGraph().topsort() == []
 
 
 def test_tuples_and_back(app: MiniQ) -> None:
@@ -315,6 +394,37 @@ def test_tuples_and_back(app: MiniQ) -> None:
     assert result_from_tuple(back) is back
 
 
+def test_trees_become_tuples_and_come_back(app: MiniQ) -> None:
+    above = app.AsyncResult("above", parent=app.AsyncResult("top"))
+    inner = GroupResult("inner", [app.AsyncResult("c", parent=app.AsyncResult("b"))], app=app)
+    header = GroupResult("header", [app.AsyncResult("a"), inner], above, app)
+    result = app.AsyncResult("body", parent=header)
+    value = result.as_tuple()
+    back = result_from_tuple(json.loads(json.dumps(value)), app)
+    assert back.as_tuple() == value
+    assert back == result and back.parent == header
+    assert result.as_list() == ["body", "a", "c", "above", "top"]
+    assert result_from_tuple((("g", None), []), app).as_tuple() == (("g", None), [])
+
+
+def test_a_long_chain_of_parents_needs_no_deep_stack(app: MiniQ) -> None:
+    result = app.AsyncResult("0")
+    for number in range(1, 5000):
+        result = app.AsyncResult(str(number), parent=result)
+    back = result_from_tuple(result.as_tuple(), app)
+    assert back.as_list() == [str(number) for number in reversed(range(5000))]
+    with pytest.raises(TimeoutError):
+        back.get(timeout=0)
+
+
+@pytest.mark.parametrize(
+    "value", [None, 5, [], ["a"], [["a"], None], [[5, None], None], [["", None], None], [["a", None], "bc"]]
+)
+def test_what_is_no_tuple_of_a_result_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="as a tuple"):
+        result_from_tuple(value)
+
+
 def test_forget_removes_it_and_its_parents(app: MiniQ) -> None:
     for one in "ab":
         store(app, one, states.SUCCESS, 5)
@@ -322,6 +432,11 @@ def test_forget_removes_it_and_its_parents(app: MiniQ) -> None:
     assert result.get() == 5
     result.forget()
     assert (result.state, app.AsyncResult("a").exists()) == ("PENDING", False)
+    for one in "abcd":
+        store(app, one, states.SUCCESS, 5)
+    header = GroupResult("header", [app.AsyncResult("b"), app.AsyncResult("c")], app.AsyncResult("a"), app)
+    app.AsyncResult("d", parent=header).forget()
+    assert not app.backend.fetch(list("abcd"))
 
 
 # -- identity --------------------------------------------------------------------------------------
@@ -353,8 +468,8 @@ def test_revoke_takes_what_it_can_do(app: MiniQ) -> None:
         result.revoke(wait=True)
     result.revoke(terminate=True, signal="SIGKILL")
     assert result.state == "REVOKED"
-    with pytest.raises(AttributeError, match="Celery has it"):
-        _ = result.build_graph  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute"):
+        _ = result.nothing  # type: ignore[attr-defined]
 
 
 # -- with a worker ---------------------------------------------------------------------------------

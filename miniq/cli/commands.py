@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any, List, Sequence
+from typing import Any, List, Optional, Sequence
 
-from ..exceptions import MiniqError, TimeoutError
+from ..exceptions import ImproperlyConfigured, MiniqError, TimeoutError
+from ..result import GroupResult
 from ..text import safe_repr
 from ..times import to_iso
 
@@ -39,13 +40,19 @@ def add_parsers(subparsers: Any) -> None:
     result = subparsers.add_parser(
         "result",
         help="print the result of a task",
-        epilog="example:\n  python -m miniq -A proj result 5f1c... --traceback",
+        epilog="examples:\n"
+        "  python -m miniq -A proj result 5f1c... --traceback\n"
+        "  python -m miniq -A proj result 5f1c... --watch",
     )
     result.set_defaults(run=run_result)
-    result.add_argument("id", help="id of the task")
+    result.add_argument("id", help="id of the task, or of a group that was saved")
     result.add_argument("-t", "--task", help="name of the task (for its own backend)")
     result.add_argument("--traceback", action="store_true", help="print the traceback of a failure")
     result.add_argument("--json", action="store_true", help="print state and result as JSON")
+    result.add_argument(
+        "--watch", action="store_true", help="show how far it is until it ended; code 1 if it failed"
+    )
+    result.add_argument("--timeout", type=float, metavar="SECONDS", help="watch no longer than this")
 
     purge = subparsers.add_parser(
         "purge",
@@ -114,7 +121,17 @@ def run_result(app: Any, options: argparse.Namespace) -> int:
     if options.task:
         app.import_modules()
         result = app.tasks[options.task].AsyncResult(options.id)
-    state, value, text = result.state, result.result, result.traceback
+    if options.watch:
+        result = _saved_group(app, options.id) or result
+        try:
+            state = result.watch(timeout=options.timeout)
+        except KeyboardInterrupt:
+            return 130
+    if isinstance(result, GroupResult):
+        # Of a group that has not ended there is no value yet.
+        value, text = result.get(timeout=0, propagate=False) if result.ready() else None, None
+    else:
+        state, value, text = result.state, result.result, result.traceback
     if options.json:
         print(
             json.dumps(
@@ -129,7 +146,14 @@ def run_result(app: Any, options: argparse.Namespace) -> int:
             if state != "PENDING"
             else "PENDING: nothing is known of this id (yet, or any more)"
         )
-    return 0
+    return int(options.watch and state != "SUCCESS")
+
+
+def _saved_group(app: Any, group_id: str) -> Optional[GroupResult]:
+    try:
+        return GroupResult.restore(group_id, app=app)
+    except ImproperlyConfigured:
+        return None  # the store keeps no groups, so it is no group's id
 
 
 def run_purge(app: Any, options: argparse.Namespace) -> int:
