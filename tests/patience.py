@@ -49,6 +49,11 @@ class Patient(AmqpConsumer):
         except ChannelError:
             pass  # the next poll opens another
 
+    def kept_up(self) -> bool:
+        """Do the upkeep as a worker does, and return True: for conditions."""
+        self.housekeep()
+        return True
+
     def add_queue(self, queue: Queue) -> None:
         super().add_queue(self.transport.kind(queue))
 

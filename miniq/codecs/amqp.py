@@ -255,7 +255,7 @@ class Peer:
         self._failure: Optional[str] = None
         self._state = _START
         self._channels: Dict[int, _Channel] = {}
-        #: Channels that the server closed, until they are open again: some messages may still be on their way.
+        #: Channels that the server closed, until they are open again: messages may still be on their way.
         self._closed_there: Set[int] = set()
         self._replies: List[bytes] = []
         #: (channel, exchange, routing key, mandatory) -> frame of basic.publish.
@@ -331,9 +331,8 @@ class Peer:
         if self._state is _CLOSING or self._state is _CLOSED:
             return None
         channel = self._channels.get(number)
-        if self._closed_there and number in self._closed_there:
-            if channel is None or payload[:4] != _OPEN_OK or kind != FRAME_METHOD:
-                return None
+        if number in self._closed_there and (kind != FRAME_METHOD or payload[:4] != _OPEN_OK):
+            return None
         if channel is None:
             raise ProtocolError(f"a {_FRAME_TYPES[kind]} on channel {number}, which is not open")
         if channel.state is _CLOSING:

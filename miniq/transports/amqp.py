@@ -27,7 +27,7 @@ from ..routing import Queue
 from ..times import to_epoch
 from . import amqp_notes
 from .amqp_consumer import AmqpConsumer
-from .amqp_link import COPY, DEAD_HEADER, Item, Link
+from .amqp_link import COPY, DEAD_HEADER, UNTIL, Item, Link
 from .amqp_message import from_content, take_added, take_starts, to_content
 from .amqp_topology import refused
 from .amqp_waiting import DEAD, declare_dead
@@ -147,6 +147,7 @@ class AmqpTransport(Transport):
             told = message.headers.pop(DEAD_HEADER, None)
             take_starts(message.headers)
             message.headers.pop(COPY, None)
+            message.headers.pop(UNTIL, None)
             added = take_added(message.headers)
             if not isinstance(told, dict):
                 # By the server itself.

@@ -33,7 +33,7 @@ from ..message import Delivery, Message
 from ..routing import Queue
 from . import amqp_notes
 from .amqp_delay import is_native
-from .amqp_link import COPY, Held, Key, Link, Subscription
+from .amqp_link import COPY, UNTIL, Held, Key, Link, Subscription
 from .amqp_message import from_content, redeliveries, take_added, take_starts
 from .amqp_topology import declare_queue, goes_unused
 from .base import Consumer, NotOurs, due_at, pause_after_loss_s
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 NET_INTERVAL_S = 2.0
 #: A server that has been silent for so long is asked whether it is there, and has so long to answer.
 SILENT_S, PROBE_TIMEOUT_S = 5.0, 5.0
+#: It has less time where another connection to it was found dead so shortly before.
+SUSPECT_S, SUSPECT_TIMEOUT_S = 10.0, 1.0
 #: After so many such looks at messages that do not come, the connection is made anew.
 MOST_OVERDUE = 3
 #: Messages are taken in quick succession where the next ones are wanted so soon after the last.
@@ -98,6 +100,8 @@ class AmqpConsumer(Consumer):
         self._orphans: Dict[Key, Held] = {}
         self._recent: Deque[Tuple[float, Key]] = deque()
         self._doubtful: Dict[Key, float] = {}
+        #: How many of the starts that were noted never were any: the line broke, and nobody ran them.
+        self._void: Dict[Key, int] = {}
         #: Queues that were deleted under us.
         self._deleted: Set[str] = set()
         #: While it is worth while to ask for what runs here: since when, and how long the next pause is.
@@ -255,25 +259,30 @@ class AmqpConsumer(Consumer):
         connection = self._connection
         assert connection is not None
         mono = monotonic()
-        connection.keep_alive(mono)
-        if mono - self._heard_mono >= SILENT_S:
-            self._ask(connection)
-            self._heard_mono = monotonic()
+        try:
+            connection.keep_alive(mono)
+            if mono - self._heard_mono >= SILENT_S:
+                is_suspect = mono - self._link.dead_mono < SUSPECT_S
+                self._ask(connection, SUSPECT_TIMEOUT_S if is_suspect else PROBE_TIMEOUT_S)
+                self._heard_mono = monotonic()
+        except OperationalError:
+            self._link.suspect()
+            raise
 
-    def _ask(self, connection: Connection) -> None:
+    def _ask(self, connection: Connection, timeout_s: float) -> None:
         """See that a silent server answers, and has nothing that it should have sent."""
         idle = [one for one in self._subscriptions.values() if one.window > one.out]
         channel = self._channel
         if self._satisfied_mono or channel is None or not idle:
             self._overdue = 0
-            connection.probe(PROBE_TIMEOUT_S)
+            connection.probe(timeout_s)
             return
         queue = idle[0].queue
         if len(idle) > 1:
             self._turns += 1
             queue = idle[self._turns % len(idle)].queue
         try:
-            reply = channel.call("queue.declare", PROBE_TIMEOUT_S, queue=queue.name, passive=True)
+            reply = channel.call("queue.declare", timeout_s, queue=queue.name, passive=True)
         except ChannelError as error:
             raise OperationalError(str(error)) from error
         alone = "x-single-active-consumer" in (queue.queue_arguments or {}) or queue.consumer_arguments
@@ -297,8 +306,7 @@ class AmqpConsumer(Consumer):
             subscription = self._by_tag.get(event.consumer_tag)
             if subscription is not None:
                 name = subscription.queue.name
-                text = "queue %s was deleted, or the server ended its consumer: it is declared and consumed again"
-                logger.warning(text, name)
+                logger.warning("queue %s was deleted, or its consumer was ended; it begins anew", name)
                 if self._subscriptions.get(name) is subscription:
                     del self._subscriptions[name]
                 self._link.declared.pop(name, None)
@@ -344,6 +352,7 @@ class AmqpConsumer(Consumer):
         message = held.delivery.message
         now = self._wall()
         due = due_at(message, now) if message.headers.get("eta") is not None else now
+        due = max(due, held.due)
         if event.redelivered and held.starts > 1 and not 0 < self.delivery_limit <= held.starts:
             # It may be what its workers died of.
             due = max(due, now + pause_after_loss_s(held.starts, self.random.random()))
@@ -365,6 +374,7 @@ class AmqpConsumer(Consumer):
         message = from_content(event.content)
         starts = counted = take_starts(message.headers)
         copy = message.headers.pop(COPY, "")
+        until = message.headers.pop(UNTIL, None)
         added = take_added(message.headers)
         headers = message.headers
         name, retries = headers.get("id"), headers.get("retries")
@@ -380,9 +390,10 @@ class AmqpConsumer(Consumer):
         held = Held(self, event.delivery_tag, self._epoch, subscription, delivery)
         held.key = (subscription.queue.name, name, retries, counted, str(copy))
         held.returns = redeliveries(added)
+        held.due = until if isinstance(until, (int, float)) else 0.0
         if event.redelivered:
             if self.notes is not None and self.notes.starts:
-                starts += self.notes.starts.get(held.key, 0)
+                starts += max(self.notes.starts.get(held.key, 0) - self._void.get(held.key, 0), 0)
             # The first start was not noted, or there was none.
             starts += not counted and self.delivery_limit != 1
         held.starts = delivery.deliveries = starts
@@ -475,7 +486,10 @@ class AmqpConsumer(Consumer):
 
     def _subscribe(self, wanted: int, limit: int) -> None:
         """Be a consumer for as many messages as are wanted, or for none."""
-        sought = len(self._orphans) if self._seeking else 0
+        sought = 0
+        if self._seeking:
+            # No more than that ahead: another worker may have them, and others could run what comes instead.
+            sought = max(len(self._orphans) - sum(map(len, self._ready.values())), 0)
         if wanted <= 0:
             self._satisfied_mono = monotonic()
             if not sought:
@@ -757,6 +771,11 @@ class AmqpConsumer(Consumer):
         if self._has(held) and held.started:
             held.started = False
             held.starts -= 1
+            if held.noted:
+                held.noted = False
+                self._void[held.key] = self._void.pop(held.key, 0) + 1
+                while len(self._void) > MOST_DOUBTED:
+                    del self._void[next(iter(self._void))]
             if held.acked:
                 # The line broke when that was told: it will come again, and then it is to run.
                 self._recent = deque(one for one in self._recent if one[1] != held.key)

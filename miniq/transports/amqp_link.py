@@ -30,12 +30,14 @@ from .amqp_topology import (
     refused,
 )
 from .amqp_waiting import DEAD, Waiting, declare_dead
-from .base import what_is_unroutable
+from .base import due_at, what_is_unroutable
 
 logger = logging.getLogger(__name__)
 
 #: The header by which a message that was published again is told from the one whose place it takes.
 COPY = "x-miniq-copy"
+#: The header that says when a copy is due (epoch seconds), where its eta does not.
+UNTIL = "x-miniq-until"
 #: Exchanges of queues in which messages wait to be due.
 WAITING_ROOMS = ("_miniq.delay", "celery_delayed_")
 #: The header that says why a message was set aside.
@@ -148,6 +150,8 @@ class Link:
         self.options = options
         self.wall = wall
         self.consumers: List[Settling] = []
+        #: When one of their connections turned out to be dead.
+        self.dead_mono = float("-inf")
         #: What was declared here, by name.
         self.declared: Dict[str, Queue] = {}
         self.exchanges: Dict[str, Exchange] = {}
@@ -167,6 +171,11 @@ class Link:
             self._server = Server.of(self._url, self.options)
             self._pid = os.getpid()
         return self._server
+
+    def suspect(self) -> None:
+        """A connection turned out to be dead: those that lie idle in the pool most likely are, too."""
+        self.dead_mono = monotonic()
+        self.server.close()
 
     @contextmanager
     def channel(self, timeout_s: Optional[float] = None) -> Iterator[Channel]:
@@ -313,6 +322,10 @@ class Link:
                     f"there is no queue {routing_key!r} on the server: the task would be lost; declare it,"
                     " as a worker does which consumes from it"
                 )
+            if kind == "headers":
+                raise ImproperlyConfigured(
+                    f"exchange {exchange!r}: no queue is bound for the headers of the task, it would be lost"
+                )
             text = what_is_unroutable({kind}, exchange, routing_key)
             if text is not None:
                 raise ImproperlyConfigured(text)
@@ -333,11 +346,15 @@ class Link:
 
     def copy_until(self, delivery: Delivery, until: float, starts: int) -> Tuple[Message, Item]:
         """Return a copy of a message that waits in the server."""
-        left_s = until - self.wall()
+        now = self.wall()
+        left_s = until - now
         if left_s <= 0:
             return self.copy(delivery, starts)
         way = self.way(delivery.queue, left_s, monotonic() + self.options.socket_timeout)
-        return self._copy(delivery, starts, *way)
+        message, (exchange, key, properties, headers, body, mandatory) = self._copy(delivery, starts, *way)
+        if due_at(message, now) < until:
+            headers = {**headers, UNTIL: until}
+        return message, (exchange, key, properties, headers, body, mandatory)
 
     def _copy(self, delivery: Delivery, starts: int, exchange: str, key: str) -> Tuple[Message, Item]:
         properties, headers = to_content(delivery.message, starts)
