@@ -21,9 +21,22 @@ from typing import TYPE_CHECKING, Any
 from ._state import current_app as _current_app
 from ._state import current_task as _current_task
 from .app import MiniQ, shared_task
-from .canvas import Signature, maybe_signature, signature
-from .result import AsyncResult, EagerResult, allow_join_result
+from .canvas import (
+    Signature,
+    chain,
+    chord,
+    chunks,
+    group,
+    maybe_signature,
+    signature,
+    subtask,
+    xmap,
+    xstarmap,
+)
+from .result import AsyncResult, EagerResult, GroupResult, allow_join_result
+from .resultset import ResultSet
 from .routing import Broadcast, Exchange, Queue
+from .stamping import StampingVisitor
 from .task import Task
 
 if TYPE_CHECKING:
@@ -51,14 +64,24 @@ __all__ = [
     "Celery",
     "EagerResult",
     "Exchange",
+    "GroupResult",
     "MiniQ",
     "Queue",
+    "ResultSet",
     "Signature",
+    "StampingVisitor",
     "Task",
     "allow_join_result",
+    "chain",
+    "chord",
+    "chunks",
     "current_app",
     "current_task",
+    "group",
     "maybe_signature",
     "shared_task",
     "signature",
+    "subtask",
+    "xmap",
+    "xstarmap",
 ]

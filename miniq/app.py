@@ -30,20 +30,24 @@ from typing import (
     Union,
 )
 
-from . import _state, signals
+from . import _state, signals, workflow_tasks
 from .backends.base import BACKENDS, CALLERS, Backend, backend_class
 from .canvas import Signature, signature
 from .conf import Settings
 from .control import Control
 from .eager import EagerRunner
-from .exceptions import AlwaysEagerIgnored, ImproperlyConfigured
-from .producer import Producer, new_task_id
+from .exceptions import AlwaysEagerIgnored, ImproperlyConfigured, MiniqError
+from .flow import encode_start
+from .plan import Plan, Step
+from .producer import Prepared, Producer, check_options
 from .registry import TaskRegistry, annotate, check_names, register, task_from_function
-from .result import AsyncResult
+from .result import AsyncResult, GroupResult, result_from_tuple
+from .resultset import ResultSet
 from .routing import Router
-from .serialization import dumps, loads, prepare_accept
+from .serialization import dumps, loads, prepare_accept, serializer
 from .shared import SharedTask, shared_task
 from .signals import Signal
+from .signatures import new_task_id
 from .task import Parameters
 from .task import Task as BaseTask
 from .text import gen_task_name, host_name, import_module, import_object, is_missing, mask_url
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     C = TypeVar("C")
 
+_NO_OPTIONS: Mapping[str, Any] = {}
 #: Where messages and results go when nothing is configured.
 DEFAULT_URL = "sqlite:///miniq.db"
 #: How URLs begin of what lives on one machine, and cannot be elsewhere or away.
@@ -486,6 +491,7 @@ class MiniQ:
             if self.finalized:
                 return
             self.finalized = True
+            workflow_tasks.add_to(self)
             self.on_configure.send(sender=self)
             self.on_after_configure.send(sender=self, source=self.conf)
             self.on_after_finalize.send(sender=self)
@@ -576,10 +582,76 @@ class MiniQ:
         task = self.tasks.get(name)
         return self.producer.prepare(name, sig.args, sig.kwargs, sig.options, task).publication
 
+    check_options = staticmethod(check_options)
+
+    def prepare_step(self, step: Step) -> Publication:
+        """Return the message of a step of a workflow."""
+        return self._prepared(step, {}).publication
+
+    def _prepared(self, step: Step, options: Mapping[str, Any]) -> Prepared:
+        merged = {**step.options, **options}
+        return self.producer.prepare(step.task, step.args, step.kwargs, merged, self.tasks.get(step.task))
+
+    def send_plan(self, plan: Plan, options: Mapping[str, Any] = _NO_OPTIONS) -> Any:
+        """Send a workflow; return its result, None for one without steps.
+
+        All of its messages are made before the first is sent.  `options` are for the sending: timeout,
+        retry and the like.
+        """
+        prepared = []
+        for step in plan.steps:
+            try:
+                prepared.append(self._prepared(step, {}))
+            except (MiniqError, TypeError, ValueError) as error:
+                raise type(error)(f"{step.where}: {error}") from error
+        starts = [encode_start(start, self.chord_expires_s) for start in plan.chords]
+        backend = self._asked_before_calls(None)
+
+        def start_chords() -> None:
+            for start in starts:
+                self.backend.start_chord(*start)
+
+        if prepared:
+            timeout_s = options.get("timeout") or options.get("confirm_timeout")
+            self.producer.publish_many(prepared, timeout_s, backend, start_chords)
+        if plan.result is None:
+            return None
+        frame = _state.worker_frame()
+        if frame is not None and options.get("add_to_parent") is not False and frame.task.trail:
+            frame.request.children.append(plan.result)
+        return result_from_tuple(plan.result, self)
+
+    @property
+    def counts_chords(self) -> bool:
+        """Whether the result store counts the members of chords; else a task looks for them."""
+        return backend_class(self.backend_url()).counts_chords
+
+    @property
+    def chord_expires_s(self) -> Optional[float]:
+        """How long a chord is kept that does not end (seconds)."""
+        conf = self.conf
+        expires_s: Optional[float] = conf.result_chord_expires or conf.result_expires
+        return expires_s
+
+    def loads_result(self, data: bytes) -> Any:
+        """Decode what was written with `result_serializer`."""
+        found = serializer(self.conf.result_serializer)
+        return loads(data, found.content_type, found.content_encoding, frozenset({found.content_type}))
+
     def signature(self, *args: Any, **kwargs: Any) -> Signature:
         """Return a signature of this app."""
         kwargs["app"] = self
         return signature(*args, **kwargs)
+
+    @property
+    def GroupResult(self) -> Any:  # noqa: N802 - Celery's name
+        """The class of a group's result, of this app."""
+        return self._cached("GroupResult", lambda: type("GroupResult", (GroupResult,), {"_app": self}))
+
+    @property
+    def ResultSet(self) -> Any:  # noqa: N802 - Celery's name
+        """The class of a set of results, of this app."""
+        return self._cached("ResultSet", lambda: type("ResultSet", (ResultSet,), {"_app": self}))
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult:  # noqa: N802 - Celery's name
         """Return the result of the call with this id."""

@@ -1,294 +1,469 @@
 # SPDX-License-Identifier: MIT
-"""Signatures: a call of a task as data, to be sent now, later, or after another task.
+"""Workflows: `chain`, `group`, `chord`, and many calls of one task (`chunks`, `xmap`, `xstarmap`).
 
-A signature is a plain dict (it travels as JSON in messages), with methods::
+Each is a `Signature` whose kwargs hold other signatures, so it is a plain dict too, can be an argument,
+a step of another one or a callback, and is written in messages as Celery writes it.  What a workflow
+sends is decided in `miniq.plan`, on plain data, and handed to the app as a whole: nothing here knows a
+broker.
 
-    {"task": name, "args": [...], "kwargs": {...}, "options": {...},
-     "subtask_type": None, "immutable": False}
-
-`options` are those of `Task.apply_async`; `link` and `link_error` hold lists of signatures.
-Workflow types (chain, group, chord) are refused wherever one turns up: this version of miniq runs
-single tasks with callbacks.
-
-Source: section "Signatures" of Celery's canvas, wire form of its message protocol 2.
+Source: section "Canvas" of Celery's user guide.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple
 
-from . import _state
+from .algebra import MAX_DEPTH, as_group, as_list, check, fold, kind_of, made_chain, made_chord
 from .exceptions import ImproperlyConfigured
+from .plan import Plan, plan, poll
+from .signatures import (
+    Signature,
+    check_signatures,
+    maybe_signature,
+    new_task_id,
+    parts_in,
+    signature,
+    signature_of,
+    subtask,
+)
+from .stamping import StampingVisitor
 from .text import safe_repr
 
-#: Options of a signature that hold signatures themselves.
-_NESTED = ("link", "link_error", "chain")
+#: Calling options that say how messages are handed over, and not what is in them.
+SENDING_OPTIONS = frozenset(
+    {"producer", "retry", "retry_policy", "timeout", "confirm_timeout", "add_to_parent"}
+)
 
 
-class Signature(Dict[str, Any]):
-    """A task call as a dict; make one with ``task.s(...)`` or `signature`."""
+class Workflow(Signature):
+    """What chain, group, chord and chunks have in common: a plan is made, and sent as a whole."""
 
-    def __init__(
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Each kind is complete once it is created, and may turn out to be of another kind."""
+
+    def plan(
         self,
-        task: Any = None,
-        args: Optional[Any] = None,
+        args: Any = (),
         kwargs: Optional[Mapping[str, Any]] = None,
         options: Optional[Mapping[str, Any]] = None,
-        type: Any = None,  # noqa: A002 - Celery's public name
-        subtask_type: Optional[str] = None,
-        immutable: bool = False,
-        app: Any = None,
-        **ex: Any,
-    ) -> None:
-        self._app = app
-        self._type = type
-        if isinstance(task, dict):
-            super().__init__(task)
-            self["args"] = self.get("args") or ()
-            self["kwargs"] = self.get("kwargs") or {}
-            self["options"] = self.get("options") or {}
-            self.setdefault("subtask_type", None)
-            self.setdefault("immutable", False)
-            return
-        if task is not None and not isinstance(task, str):
-            self._type = task
-            self._app = app or task.app
-            task = task.name
-        super().__init__(
-            task=task,
-            args=tuple(args or ()),
-            kwargs=dict(kwargs or {}),
-            options=dict(options or {}, **ex),
-            subtask_type=subtask_type,
-            immutable=immutable,
+    ) -> Plan:
+        """Return what would be sent, without sending it."""
+        app = self.app
+        found = plan(
+            self,
+            args or (),
+            kwargs,
+            options,
+            new_id=new_task_id,
+            reply_to=app.identity[1],
+            check_options=app.check_options,
+            max_depth=MAX_DEPTH,
         )
+        if found.chords and not app.counts_chords:
+            found = poll(found, new_task_id)
+        return found
 
-    # -- what it is
+    def apply_async(self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any) -> Any:
+        """Send it; return its result, None where it has no tasks.
+
+        Arguments go before those of the tasks it begins with.  Options of a group go to all members, of
+        a chord to header and body (`countdown` and `eta` to the header), of a chain to its first task;
+        callbacks and `task_id` belong to the value of the whole.
+
+        Nothing is sent unless all of it can be: see `miniq.algebra.check` for what is raised.
+        """
+        app = self.app
+        if app.conf.task_always_eager:
+            return self.apply(args, kwargs, **options)
+        sending = {key: options.pop(key) for key in SENDING_OPTIONS & options.keys()}
+        return app.send_plan(self.plan(args, kwargs, options), sending)
+
+    def apply(self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any) -> Any:
+        """Run it here, eagerly, one task after the other; see `Task.apply`.
+
+        Arguments go through the serializer.  Raises `NotRegistered` where the code of a task is not here.
+        """
+        throw = options.pop("throw", None)
+        for key in SENDING_OPTIONS & options.keys():
+            del options[key]
+        runner = self.app.eager_runner
+        found = plan(
+            self,
+            args or (),
+            kwargs,
+            options,
+            new_id=new_task_id,
+            known_tasks=self.app.tasks,
+            max_depth=MAX_DEPTH,
+        )
+        return runner.apply_plan(found, throw)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Send it with more arguments."""
+        return self.apply_async(args, kwargs)
 
     @property
     def app(self) -> Any:
-        """The app it is sent with: the task's own, else the current one."""
-        if self._app is None:
-            self._app = _state.current_app()
-        return self._app
+        """The app it is sent with: its own, else that of what is in it, else the current one."""
+        for sig in (self, *self._inside()):
+            if self._app is None:
+                self._app = sig.app if sig is not self and isinstance(sig, Workflow) else sig._app
+        return super().app
+
+    def _inside(self) -> List[Signature]:
+        """Return signatures in it that may know their app."""
+        return []
+
+
+class _Series(Workflow):
+    """What chain and group have in common: a list of tasks."""
+
+    def _wake(self) -> None:
+        self["kwargs"]["tasks"] = list(self["kwargs"]["tasks"])
+
+    def _clone_parts(self) -> None:
+        self["kwargs"]["tasks"] = [one.clone() for one in self.tasks]
+
+    @property
+    def tasks(self) -> List[Signature]:
+        """The signatures in it."""
+        return parts_in(self["kwargs"], "tasks", self._app)
+
+    @tasks.setter
+    def tasks(self, tasks: Iterable[Any]) -> None:
+        self["kwargs"]["tasks"] = [signature_of(one, self._app) for one in tasks]
+
+    def _inside(self) -> List[Signature]:
+        return self.tasks[:1]
+
+
+@Signature.register_type()
+class chain(_Series):
+    """Tasks one after the other, each with the value of the one before as its first argument.
+
+    ``chain(a, b, c)`` or ``a | b | c``.  Chains in it are flattened, a group of one is its member and an
+    empty one nothing; a group that something follows makes it a `chord`.  Its value is the last one's.
+    """
+
+    def __new__(cls, *tasks: Any, app: Any = None, **options: Any) -> Any:
+        steps = fold(_listed(tasks))
+        if len(steps) == 1 and kind_of(steps[0]) == "chord":
+            return signature_of(fold([made_chain(steps, options)])[0], app)
+        return cls._made(made_chain(steps, options), app)
+
+    def __repr__(self) -> str:
+        return _shown(self.tasks, " | ") or "chain(<empty>)"
+
+
+@Signature.register_type()
+class group(_Series):
+    """Tasks side by side: ``group(a, b)``, or of a list or generator, which is read at once.
+
+    Groups in it are merged.  Its value is the list of theirs, in the order written.
+    """
+
+    def __new__(cls, *tasks: Any, app: Any = None, **options: Any) -> Any:
+        return cls._made(
+            {"task": "celery.group", "kwargs": {"tasks": _listed(tasks)}, "options": options,
+             "subtask_type": "group"}, app,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"group([{_shown(self.tasks, ', ')}])" if self.tasks else "group(<empty>)"
+
+    def apply_async(self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any) -> Any:
+        """Send it; return a `GroupResult`.  A callback for all of it is what a chord is."""
+        if options.get("link"):
+            raise TypeError("a group has no callback of its own: write group(...) | callback, a chord")
+        return super().apply_async(args, kwargs, **options)
+
+    def __call__(self, *partial_args: Any, **options: Any) -> Any:
+        """Send it with more arguments; keywords are options."""
+        return self.apply_async(partial_args, **options)
+
+    def link(self, callback: Signature) -> Any:
+        """Send `callback` when the first member succeeds, with its own arguments only."""
+        if not self.tasks:
+            raise ValueError("an empty group has no task to link a callback to")
+        return self.tasks[0].link(signature_of(callback, self._app).clone().set(immutable=True))
+
+    def link_error(self, errback: Signature) -> Any:
+        """Send `errback` whenever a member fails."""
+        check_signatures((errback,), "link_error")
+        for task in self.tasks:
+            task.link_error(signature_of(errback, self._app).clone())
+        return errback
+
+    def set_immutable(self, immutable: bool) -> None:
+        """Say it of all members."""
+        for task in self.tasks:
+            task.set_immutable(immutable)
+
+    def skew(self, start: float = 1.0, stop: Optional[float] = None, step: float = 1.0) -> "group":
+        """Delay the members by `start` seconds, `step` more from one to the next, up to `stop`."""
+        for index, task in enumerate(self.tasks):
+            countdown = start + index * step
+            if stop is not None and countdown > stop:
+                countdown = start + (stop - start) // step * step
+            task.set(countdown=countdown)
+        return self
+
+
+@Signature.register_type()
+class chord(Workflow):
+    """A group and a task that gets the list of its values: ``chord(header, body)``, ``chord(header)(body)``.
+
+    The body comes to an end whatever happens to the header: should a member fail, it fails with
+    `ChordError`.  An empty header calls the body with ``[]``.
+    """
+
+    def __new__(
+        cls,
+        header: Any,
+        body: Any = None,
+        task: str = "celery.chord",
+        args: Any = None,
+        kwargs: Optional[Mapping[str, Any]] = None,
+        app: Any = None,
+        **options: Any,
+    ) -> Any:
+        if not isinstance(header, dict):
+            header = _listed((header,))
+        elif kind_of(header) != "group":
+            header = [header]
+        elif not header.get("args") and not any(header["options"].values()):
+            header = header["kwargs"]["tasks"]
+        if body is not None:
+            check(body, where=None if isinstance(body, dict) else "the body of the chord")
+        data = made_chord(header, body, options)
+        data["args"], data["kwargs"]["kwargs"] = tuple(args or ()), dict(kwargs or {})
+        return cls._made(data, app)
+
+    def _wake(self) -> None:
+        kwargs = self["kwargs"]
+        if not isinstance(kwargs["header"], dict):
+            kwargs["header"] = list(kwargs["header"])
+
+    def _clone_parts(self) -> None:
+        header = self.tasks
+        self["kwargs"]["header"] = (
+            header.clone() if isinstance(header, Signature) else [one.clone() for one in header]
+        )
+        if self.body is not None:
+            self["kwargs"]["body"] = self.body.clone()
+
+    @property
+    def tasks(self) -> Any:
+        """Its header: a list of signatures; once frozen, a group."""
+        kwargs = self["kwargs"]
+        if not isinstance(kwargs["header"], dict):
+            return parts_in(kwargs, "header", self._app)
+        kwargs["header"] = signature_of(kwargs["header"], self._app)
+        return kwargs["header"]
+
+    @tasks.setter
+    def tasks(self, tasks: Any) -> None:
+        self["kwargs"]["header"] = tasks if isinstance(tasks, dict) else list(tasks)
+
+    @property
+    def body(self) -> Any:
+        """The signature that gets the list of values, or None."""
+        kwargs = self["kwargs"]
+        if kwargs["body"] is not None:
+            kwargs["body"] = signature_of(kwargs["body"], self._app)
+        return kwargs["body"]
+
+    @body.setter
+    def body(self, body: Any) -> None:
+        self["kwargs"]["body"] = body
+
+    def _members(self) -> List[Signature]:
+        header: Any = self.tasks
+        found: List[Signature] = header.tasks if isinstance(header, group) else header
+        return found
+
+    def _inside(self) -> List[Signature]:
+        return [*self._members()[:1], *([] if self.body is None else [self.body])]
+
+    def __repr__(self) -> str:
+        body = "<no body>" if self.body is None else repr(self.body)
+        return f"chord([{_shown(self._members(), ', ')}], {body})"
+
+    def apply_async(self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any) -> Any:
+        """Send it; return the result of the body, whose parent is that of the header."""
+        kwargs = dict(kwargs or {})
+        body = kwargs.pop("body", None)
+        if body is not None:
+            found = self.clone()
+            found.body = body
+            return found.apply_async(args, kwargs, **options)
+        return super().apply_async(args, kwargs, **options)
+
+    def __call__(self, body: Any = None, **options: Any) -> Any:
+        """Send it, with `body` where it is given; keywords are options."""
+        return self.apply_async((), {"body": body} if body is not None else {}, **options)
+
+    def link(self, callback: Signature) -> Any:
+        """Send `callback` with the value of the body; return `callback`."""
+        return self._body().link(callback)
+
+    def link_error(self, errback: Signature) -> Any:
+        """Send `errback` when the body fails, be it because of its header; return `errback`.
+
+        With the setting `task_allow_error_cb_on_chord_header` for each member that fails, too.
+        """
+        if self.app.conf.task_allow_error_cb_on_chord_header:
+            for task in self._members():
+                task.link_error(signature_of(errback, self._app).clone())
+        return self._body().link_error(errback)
+
+    def _body(self) -> Signature:
+        if self.body is None:
+            raise ValueError("this chord has no body yet to link a callback to")
+        body: Signature = self.body
+        return body
+
+    def set_immutable(self, immutable: bool) -> None:
+        """Say it of all members of the header."""
+        for task in self._members():
+            task.set_immutable(immutable)
+
+
+# -- many calls of one task ------------------------------------------------------------------------
+
+
+class _Map(Signature):
+    """One message that calls a task for each item, one after the other; its value is their list."""
+
+    _task_name = ""
+    _shown = ""
+
+    def __init__(self, task: Any = None, it: Iterable[Any] = (), app: Any = None, **options: Any) -> None:
+        task = _as_signature(task)
+        super().__init__(
+            self._task_name, (), {"task": task, "it": list(it)}, options, immutable=True, app=app or task._app
+        )
+
+    def _wake(self) -> None:
+        self["kwargs"]["task"] = signature_of(self["kwargs"]["task"], self._app)
 
     @property
     def type(self) -> Any:
-        """The task it calls, if that is registered here; else None."""
-        return self._type or self.app.tasks.get(self["task"])
-
-    @property
-    def task(self) -> str:
-        """The name of the task."""
-        return str(self["task"])
-
-    name = task
-
-    @property
-    def args(self) -> Any:
-        """Its positional arguments."""
-        return self["args"]
-
-    @property
-    def kwargs(self) -> Dict[str, Any]:
-        """Its keyword arguments."""
-        kwargs: Dict[str, Any] = self["kwargs"]
-        return kwargs
-
-    @property
-    def options(self) -> Dict[str, Any]:
-        """Its calling options."""
-        options: Dict[str, Any] = self["options"]
-        return options
-
-    @property
-    def id(self) -> Optional[str]:
-        """The id it will run under, once frozen or given."""
-        return self.options.get("task_id")
-
-    @property
-    def immutable(self) -> bool:
-        """True where arguments given later are left out."""
-        return bool(self.get("immutable"))
+        """The task that does it, which is in every app once that is complete."""
+        self.app.finalize()
+        return super().type
 
     def __repr__(self) -> str:
-        words = [safe_repr(arg) for arg in self.args]
-        words += [f"{key}={safe_repr(value)}" for key, value in self.kwargs.items()]
-        return f"{self['task']}({', '.join(words)})"
+        return f"[{self.kwargs['task'].task}({self._shown}) for x in {safe_repr(self.kwargs['it'], 100)}]"
 
-    def __reduce__(self) -> Tuple[Any, ...]:
-        # Pickled as the plain dict that it is: whoever reads it may have miniq elsewhere, or Celery.
-        return dict, (dict(self),)
 
-    def __copy__(self) -> "Signature":
-        return self.clone()
+@Signature.register_type("celery.map")
+class xmap(_Map):
+    """Call a task with each item, in one message: ``task.map(items)``."""
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> "Signature":
-        found = Signature(copy.deepcopy(dict(self), memo), type=self._type, app=self._app)
-        memo[id(self)] = found
-        return found
+    _task_name = "celery.map"
+    _shown = "x"
 
-    if not TYPE_CHECKING:  # a checker knows what there is
 
-        def __getattr__(self, name: str) -> Any:
-            raise _state.missing("a signature", name)
+@Signature.register_type("celery.starmap")
+class xstarmap(_Map):
+    """Call a task with each item as its arguments, in one message: ``task.starmap(items)``."""
 
-    # A dict's own operator would merge the two into one call.
-    def __or__(self, other: Any) -> Any:
-        raise ImproperlyConfigured(
-            f"{self!r} | {safe_repr(other, 100)}: this version of miniq has no chains;"
-            " send the second one when the first succeeds with link="
-        )
+    _task_name = "celery.starmap"
+    _shown = "*x"
 
-    __ror__ = __ior__ = __or__
 
-    def __invert__(self) -> Any:
-        """Send it and wait for its value."""
-        return self.apply_async().get()
+@Signature.register_type("celery.chunks")
+class chunks(Workflow):
+    """A group of `xstarmap`, each of `n` items: ``task.chunks(items, n)``."""
 
-    # -- variations
+    def __new__(
+        cls, task: Any = None, it: Iterable[Any] = (), n: int = 1, app: Any = None, **options: Any
+    ) -> Any:
+        task = _as_signature(task)
+        kwargs = {"task": task, "it": list(it), "n": n}
+        data = {"task": "celery.chunks", "kwargs": kwargs, "options": options, "immutable": True}
+        check_signatures((data,), "chunks")
+        return cls._made(data, app or task._app)
 
-    def __call__(self, *partial_args: Any, **partial_kwargs: Any) -> Any:
-        """Run the task inline, here and now; `NotRegistered` if its code is not here."""
-        args, kwargs, _ = self._merged(partial_args, partial_kwargs, {})
-        return self._local_task()(*args, **kwargs)
+    def _wake(self) -> None:
+        self["kwargs"]["task"] = signature_of(self["kwargs"]["task"], self._app)
 
-    def _local_task(self) -> Any:
-        return self._type or self.app.tasks[self["task"]]
+    def _inside(self) -> List[Signature]:
+        return [self["kwargs"]["task"]]
 
-    def clone(
-        self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any
-    ) -> "Signature":
-        """Return a copy with `args` put before its own, `kwargs` and `options` over its own."""
-        args, kwargs, options = self._merged(args, kwargs or {}, options)
-        found = Signature(
-            self["task"],
-            args,
-            kwargs,
-            options,
-            self._type,
-            self.get("subtask_type"),
-            self.immutable,
-            self._app,
-        )
-        for key in ("link", "link_error"):
-            if found.options.get(key):
-                found.options[key] = as_list(found.options[key])
-        return found
+    def __repr__(self) -> str:
+        return self.reprcall()
 
-    partial = clone
-
-    def set(self, immutable: Optional[bool] = None, **options: Any) -> "Signature":
-        """Set options in place; return itself."""
-        if immutable is not None:
-            self["immutable"] = immutable
-        self.options.update(options)
-        return self
-
-    def link(self, callback: "Signature") -> "Signature":
-        """Send `callback` with the result when this task succeeds; return `callback`."""
-        self._append("link", callback)
-        return callback
-
-    def link_error(self, errback: "Signature") -> "Signature":
-        """Send `errback` when this task fails; return `errback`."""
-        self._append("link_error", errback)
-        return errback
-
-    def on_error(self, errback: "Signature") -> "Signature":
-        """Do as `link_error`; return itself, for chaining of calls."""
-        self.link_error(errback)
-        return self
-
-    def _append(self, key: str, sig: "Signature") -> None:
-        check_signatures((sig,), key)
-        known = as_list(self.options.get(key))
-        if sig not in known:
-            known.append(sig)
-        self.options[key] = known
-
-    # -- sending
-
-    def delay(self, *args: Any, **kwargs: Any) -> Any:
-        """Send it with more arguments; see `Task.delay`."""
-        return self.apply_async(args, kwargs)
+    def group(self) -> Any:
+        """Return the group that it stands for."""
+        return signature_of(as_group(self), self._app)
 
     def apply_async(self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any) -> Any:
-        """Send it; arguments go before its own, options over its own."""
-        all_args, all_kwargs, all_options = self._merged(args, kwargs or {}, options)
-        task = self.type
-        if task is not None:
-            return task.apply_async(all_args, all_kwargs, **all_options)
-        return self.app.send_task(self["task"], all_args, all_kwargs, **all_options)
+        """Send it; return a `GroupResult` of lists."""
+        return self.group().apply_async(args, kwargs, **options)
 
-    def apply(self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any) -> Any:
-        """Run it here, eagerly; see `Task.apply`."""
-        all_args, all_kwargs, all_options = self._merged(args, kwargs or {}, options)
-        return self._local_task().apply(all_args, all_kwargs, **all_options)
+    def __call__(self, **options: Any) -> Any:
+        """Send it; keywords are options."""
+        return self.apply_async(**options)
 
-    def _merged(
-        self, args: Any, kwargs: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> Tuple[Tuple[Any, ...], Dict[str, Any], Dict[str, Any]]:
-        all_options = {**self.options, **options}
-        if self.immutable:
-            return tuple(self.args), self.kwargs, all_options
-        return tuple(args or ()) + tuple(self.args), {**self.kwargs, **kwargs}, all_options
+    @classmethod
+    def apply_chunks(cls, task: Any, it: Iterable[Any], n: int, app: Any = None) -> Any:
+        """Make one and send it."""
+        return cls(task, it, n, app=app)()
 
 
-def signature(varies: Any, *args: Any, **kwargs: Any) -> Signature:
-    """Return a signature of a task, a task name, or a signature that came as a plain dict.
-
-    Raises `ImproperlyConfigured` for workflow types (chain, group, chord).
-    """
-    app = kwargs.pop("app", None)
-    if isinstance(varies, dict):
-        check_signatures((varies,), "signature")
-        found = varies.clone() if isinstance(varies, Signature) else Signature(varies)
-        found._app = found._app or app
-        return found
-    kwargs["app"] = app
-    return Signature(varies, *args, **kwargs)
+# -- small helpers -------------------------------------------------------------------------------
 
 
-def maybe_signature(value: Any, app: Any = None) -> Optional[Signature]:
-    """Return a signature for a dict, itself for a signature, None for None."""
-    if value is None:
-        return None
-    if isinstance(value, Signature):
-        value._app = value._app or app
-        return value
-    return signature(value, app=app)
+def _as_signature(task: Any) -> Signature:
+    """Return a task, or a signature in any form, as a signature."""
+    if isinstance(task, dict):
+        return signature_of(task, None)
+    if task is None:
+        raise ImproperlyConfigured("this takes a task to call with each item, not None")
+    return Signature(task)
 
 
-def as_list(value: Union[Mapping[str, Any], Iterable[Any], None]) -> List[Any]:
-    """Return callbacks as a list: none, one signature, or several."""
-    if value is None:
-        return []
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value)
-    return [value]
+def _listed(tasks: Tuple[Any, ...]) -> List[Any]:
+    """Return what a workflow is made of: signatures, or one list, group or iterator of them."""
+    given: Iterable[Any] = tasks
+    if len(tasks) == 1 and not isinstance(tasks[0], dict) and hasattr(tasks[0], "__iter__"):
+        given = tasks[0]
+    found = list(given)
+    for index, one in enumerate(found):
+        check(one, where=None if isinstance(one, dict) else f"item {index} of the workflow")
+    return found
 
 
-def check_signatures(values: Iterable[Any], what: str) -> None:
-    """Raise unless all are signatures of single tasks, and their own callbacks too.
+def _shown(sigs: Sequence[Any], between: str) -> str:
+    shown = [repr(one) for one in sigs[:20]]
+    if len(sigs) > 20:
+        shown.append(f"... {len(sigs) - 20} more")
+    return between.join(shown)
 
-    `TypeError` for what is no signature at all, `ImproperlyConfigured` for one that this version
-    cannot send.  `what` says where they are.
-    """
-    for value in values:
-        if not isinstance(value, dict):
-            hint = "" if not hasattr(value, "s") else f"; write {getattr(value, 'name', 'task')}.s(...)"
-            raise TypeError(f"{what}: {safe_repr(value, 100)} is no signature{hint}")
-        kind = value.get("subtask_type")
-        if kind:
-            raise ImproperlyConfigured(f"{what}: a {kind} cannot be sent by this version of miniq")
-        if not isinstance(value.get("task"), str):
-            raise ImproperlyConfigured(
-                f"{what}: a signature needs the name of a task, not {safe_repr(value.get('task'), 100)}"
-            )
-        options = value.get("options")
-        if options:
-            for key in _NESTED:
-                if options.get(key):
-                    check_signatures(as_list(options[key]), f"{what} of {value['task']}: {key}")
+
+__all__ = [
+    "Signature",
+    "StampingVisitor",
+    "Workflow",
+    "as_list",
+    "chain",
+    "check_signatures",
+    "chord",
+    "chunks",
+    "group",
+    "maybe_signature",
+    "new_task_id",
+    "signature",
+    "signature_of",
+    "subtask",
+    "xmap",
+    "xstarmap",
+]

@@ -324,6 +324,10 @@ _TABLE: Tuple[Setting, ...] = (
     _S("task_inherit_parent_priority", "bool", False, "a task's calls have its priority"),
     _S("task_publish_retry", "bool", True, "publishing that failed is tried again"),
     _S("task_publish_retry_policy", "Dict[str, Any]", _RETRY_POLICY, "... so often", check=_retry_policy),
+    _S(
+        "task_allow_error_cb_on_chord_header", "bool", False,
+        "errbacks of a chord are told of each failed member, too",
+    ),
     _S("task_publish_timeout", "float", 5.0, "seconds for one publish, retries and all", minimum=0.001),
     # worker
     _S("worker_concurrency", "Optional[int]", None, "tasks at a time; None = number of CPUs", minimum=1),
@@ -367,6 +371,10 @@ _TABLE: Tuple[Setting, ...] = (
     _S("result_backend", "Optional[str]", None, "where results live; None = sqlite:///miniq.db"),
     _S("result_expires", "Optional[Seconds]", 86400, "seconds results are kept; 0 or None = for ever",
        minimum=0, check=_zero_is_none),
+    _S("result_chord_expires", "Optional[float]", None, "the same for unfinished chords; None = as results",
+       minimum=0.001),
+    _S("result_chord_retry_interval", "float", 1.0,
+       "seconds between two looks at a chord where its members cannot be counted", minimum=0.05),
     _S("result_extended", "bool", False, "results also keep name, arguments, worker, queue"),
     _S("result_serializer", "str", "json", "serializer of results"),
     _S("result_compression", "Optional[str]", None, "compression of results"),
@@ -410,7 +418,7 @@ CELERY_ONLY = frozenset(
     broker_transport broker_host broker_port broker_user broker_password broker_vhost
     broker_pool_acquire_timeout
     broker_channel_error_retry broker_heartbeat_checkrate
-    task_remote_tracebacks task_send_sent_event task_allow_error_cb_on_chord_header
+    task_remote_tracebacks task_send_sent_event
     worker_eta_task_limit worker_enable_soft_shutdown_on_idle
     worker_pool_putlocks worker_pool_restarts worker_enable_prefetch_count_reduction worker_autoscaler
     worker_agent worker_consumer worker_timer worker_timer_precision worker_lost_wait worker_state_db
@@ -418,8 +426,8 @@ CELERY_ONLY = frozenset(
     worker_send_task_events worker_cancel_long_running_tasks_on_connection_loss
     worker_detect_quorum_queues
     worker_logfile worker_pidfile worker_uid worker_gid worker_umask worker_executable
-    result_chord_expires result_failure_expires result_exchange result_exchange_type
-    result_cache_max result_chord_retry_interval result_chord_join_timeout result_chord_ordered
+    result_failure_expires result_exchange result_exchange_type
+    result_cache_max result_chord_join_timeout result_chord_ordered
     result_backend_thread_safe override_backends result_backend_max_retries
     result_backend_base_sleep_between_retries_ms result_backend_max_sleep_between_retries_ms
     redis_retry_on_timeout redis_backend_credential_provider
@@ -635,6 +643,7 @@ class Settings:
     task_inherit_parent_priority: bool
     task_publish_retry: bool
     task_publish_retry_policy: Dict[str, Any]
+    task_allow_error_cb_on_chord_header: bool
     task_publish_timeout: float
     worker_concurrency: Optional[int]
     worker_pool: Union[str, type]
@@ -659,6 +668,8 @@ class Settings:
     worker_redirect_stdouts_level: Union[str, int]
     result_backend: Optional[str]
     result_expires: Optional[Seconds]
+    result_chord_expires: Optional[float]
+    result_chord_retry_interval: float
     result_extended: bool
     result_serializer: str
     result_compression: Optional[str]

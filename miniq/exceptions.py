@@ -186,7 +186,12 @@ class TaskPredicate(MiniqError):
 
 
 class Ignore(TaskPredicate):
-    """Leave the task's state alone; the message is acknowledged."""
+    """Leave the task's state alone; the message is acknowledged.
+
+    A member of a chord that is ignored counts as failed, unless `counts_later`: another run will.
+    """
+
+    counts_later = False
 
 
 class Reject(TaskPredicate):

@@ -17,16 +17,18 @@ import random
 import threading
 import time
 from operator import attrgetter
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from . import _state, signals
+from .algebra import as_list
 from .backends.base import Backend
-from .canvas import as_list, check_signatures
+from .canvas import check_signatures
 from .conf import SETTINGS
 from .exceptions import EncodeError, ImproperlyConfigured, OperationalError, UnknownOption
 from .message import Message, pack_body, validate_headers
 from .routing import Queue, Route, Router
 from .serialization import compress, dumps
+from .signatures import new_task_id
 from .text import nearest, safe_repr
 from .times import eta_moment, expires_moment
 from .transports.base import Publication, Transport, transport_class
@@ -37,7 +39,8 @@ _TEXT = (str,)
 PROPERTY_OPTIONS = frozenset({"message_id", "app_id", "type", "user_id", "cluster_id", "timestamp"})
 #: Everything `apply_async` takes besides args and kwargs -> the types it may have, () = any.
 CALL_OPTIONS: Dict[str, Tuple[type, ...]] = {
-    "countdown": (), "eta": (), "expires": (), "link": (), "link_error": (), "chain": (list, tuple),
+    "countdown": (), "eta": (), "expires": (), "link": (), "link_error": (),
+    "chain": (list, tuple), "chord": (dict,),
     "task_id": _TEXT, "root_id": _TEXT, "parent_id": _TEXT, "group_id": _TEXT, "group_index": (int,),
     "shadow": _TEXT, "argsrepr": _TEXT, "kwargsrepr": _TEXT, "reply_to": _TEXT,
     "queue": (), "exchange": (), "routing_key": _TEXT, "priority": (int,), "delivery_mode": (int, str),
@@ -49,7 +52,6 @@ CALL_OPTIONS: Dict[str, Tuple[type, ...]] = {
 }  # fmt: skip
 #: What Celery's apply_async takes and this one does not -> why.
 REFUSED_OPTIONS = {
-    "chord": "this version of miniq runs single tasks with callbacks",
     "connection": "connections are miniq's own; another broker is another app",
     "mandatory": "publishing is always confirmed here",
     "immediate": "brokers have dropped it",
@@ -114,13 +116,6 @@ class Outline(NamedTuple):
             and self.version == self.router.queues.version
             and task.shadow_name(args, kwargs, dict(self.given)) is None
         )
-
-
-def new_task_id() -> str:
-    """Return a random UUID4 as text."""
-    text = os.urandom(16).hex()
-    variant = "89ab"[int(text[16], 16) & 3]
-    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-{variant}{text[17:20]}-{text[20:]}"
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -338,7 +333,10 @@ class Producer:
         chain = get("chain")
         if chain:
             check_signatures(chain, "chain")
-        body = pack_body(args, kwargs, callbacks, errbacks, chain, None)
+        chord = get("chord")
+        if chord:
+            check_signatures((chord,), "chord")
+        body = pack_body(args, kwargs, callbacks, errbacks, chain, chord)
         if signals.before_task_publish.receivers:
             signals.before_task_publish.send(
                 sender=name,
@@ -413,14 +411,44 @@ class Producer:
             policy = retry_policy or conf.task_publish_retry_policy
             self._publish_again(prepared, policy, begun_mono + timeout_s, failure, backend)
         if signals.after_task_publish.receivers:
-            message = publication.message
-            signals.after_task_publish.send(
-                sender=message.headers["task"],
-                headers=message.headers,
-                body=message.body,
-                exchange=publication.exchange,
-                routing_key=publication.routing_key,
-            )
+            self._tell_published(prepared)
+
+    def publish_many(
+        self,
+        prepared: Sequence[Prepared],
+        timeout_s: Optional[float] = None,
+        backend: Optional[Backend] = None,
+        before: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """Publish the messages of a workflow together; `before` is called right before, within the deadline.
+
+        Raises as `publish`, and tries once: where a broker has some of them by then, trying again would
+        send these twice.
+        """
+        conf = self.app.conf
+        timeout_s = conf.task_publish_timeout if timeout_s is None else timeout_s
+        deadline_mono = time.monotonic() + timeout_s
+        transport = self.transport
+        if backend is not None:
+            backend.before_call(timeout_s)
+        for queue in {id(one.queue): one.queue for one in prepared if one.queue is not None}.values():
+            transport.declare(queue, max(0.001, deadline_mono - time.monotonic()))
+        before()
+        transport.publish([one.publication for one in prepared], max(0.001, deadline_mono - time.monotonic()))
+        if signals.after_task_publish.receivers:
+            for one in prepared:
+                self._tell_published(one)
+
+    def _tell_published(self, prepared: Prepared) -> None:
+        publication = prepared.publication
+        message = publication.message
+        signals.after_task_publish.send(
+            sender=message.headers["task"],
+            headers=message.headers,
+            body=message.body,
+            exchange=publication.exchange,
+            routing_key=publication.routing_key,
+        )
 
     def _publish_again(
         self,

@@ -26,6 +26,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     Optional,
     Tuple,
     Union,
@@ -497,10 +498,11 @@ class GroupResult(ResultSet):
 AnyResult = Union[AsyncResult[Any], GroupResult]
 
 
-def result_from_tuple(value: Any, app: Any = None) -> AnyResult:
+def result_from_tuple(value: Any, app: Any = None, ended: Optional[Mapping[str, Meta]] = None) -> AnyResult:
     """Build a result, its members and its parents from `as_tuple` (or from a bare id).
 
-    `ValueError` for what is no such tuple.
+    `ended` has the metas of tasks that ran here: their results are eager ones.  `ValueError` for what is
+    no such tuple.
     """
     above: "List[Tuple[Any, Any]]" = []
     node = value
@@ -513,12 +515,23 @@ def result_from_tuple(value: Any, app: Any = None) -> AnyResult:
         above.append((found_id, members))
     for found_id, members in reversed(above):
         if members is None and found_id and isinstance(found_id, str):
-            node = AsyncResult(found_id, app=app, parent=node)
+            meta = ended.get(found_id) if ended is not None else None
+            if meta is None:
+                node = AsyncResult(found_id, app=app, parent=node)
+            else:
+                node = _eager(found_id, meta, node, app)
         elif isinstance(members, (list, tuple)) and isinstance(found_id, (str, type(None))):
-            node = GroupResult(found_id, [result_from_tuple(one, app) for one in members], node, app)
+            node = GroupResult(found_id, [result_from_tuple(one, app, ended) for one in members], node, app)
         else:
             raise ValueError(f"no result as a tuple: {(found_id, members)!r:.200}")
     if node is None:
         raise ValueError("no result as a tuple: None")
     found: AnyResult = node
+    return found
+
+
+def _eager(task_id: str, meta: Meta, parent: Any, app: Any) -> EagerResult[Any]:
+    found: EagerResult[Any] = EagerResult(task_id, None, meta["status"], name=meta["name"], app=app)
+    # One meta however many hold it: what it lists as children may not be known yet.
+    found._final, found.parent = meta, parent
     return found

@@ -8,7 +8,7 @@ Both are plain values that cross processes.  Pools know nothing else of tasks; t
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Dict, List, NamedTuple, Optional, Protocol
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Tuple
 
 from .backends.base import StoredResult
 from .transports.base import Publication
@@ -28,6 +28,34 @@ class Run(NamedTuple):
     delivery_info: Dict[str, Any]
 
 
+#: A member's end as `backends.base.ChordPart` has it, and a chord as ``Backend.start_chord`` takes it.
+Part = Tuple[str, Optional[int], str, bytes, Optional[float], bytes]
+Start = Tuple[str, int, bytes, Optional[float]]
+
+
+class Ends:
+    """What is settled together with a message: results, messages and marks in chords.
+
+    The process that ran the task fills it, or the worker where that process could not.
+    """
+
+    __slots__ = ("results", "followups", "parts", "starts")
+
+    def __init__(
+        self,
+        results: Optional[List[StoredResult]] = None,
+        followups: Optional[List[Publication]] = None,
+        parts: Optional[List[Part]] = None,
+        starts: Optional[List[Start]] = None,
+    ) -> None:
+        self.results: List[StoredResult] = [] if results is None else results
+        self.followups: List[Publication] = [] if followups is None else followups
+        #: Members of chords that end with it.
+        self.parts: List[Part] = [] if parts is None else parts
+        #: Chords whose header is among the follow-ups.
+        self.starts: List[Start] = [] if starts is None else starts
+
+
 class Outcome(NamedTuple):
     """What a run hands back, ready to be settled by the worker.
 
@@ -37,6 +65,8 @@ class Outcome(NamedTuple):
     `action`     "ack", "reject" (dead letter) or "requeue"; a broker sees it when late-acked
     `reason`     for a reject: one line of text
     `runtime_s`  how long the body took
+    `parts`      members of chords that end with it, and
+    `starts`     chords whose header is among the follow-ups (see `Ends`)
     """
 
     state: str
@@ -45,6 +75,8 @@ class Outcome(NamedTuple):
     action: str = "ack"
     reason: str = ""
     runtime_s: float = 0.0
+    parts: "List[Any]" = []  # noqa: RUF012 - never mutated
+    starts: "List[Any]" = []  # noqa: RUF012 - never mutated
 
 
 class Runner(Protocol):

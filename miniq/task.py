@@ -11,10 +11,23 @@ from __future__ import annotations
 import random
 from operator import methodcaller
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    NoReturn,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from . import _state
-from .canvas import Signature, signature
+from .algebra import gathered, joined, kind_of, linked
+from .canvas import Signature, chunks, signature, xmap, xstarmap
 from .exceptions import (
     Ignore,
     ImproperlyConfigured,
@@ -23,9 +36,11 @@ from .exceptions import (
     Reject,
     Retry,
 )
-from .producer import check_limits, check_options, new_task_id
+from .producer import check_limits, check_options
 from .result import AsyncResult, EagerResult
+from .runner import Ends
 from .serialization import serializer_for
+from .signatures import new_task_id
 from .times import backoff_s, parse_rate
 
 if TYPE_CHECKING:
@@ -85,8 +100,8 @@ class Context:
     compression: Optional[str] = None
     content_type: Optional[str] = None
     children: List[Any]
-    #: Messages the worker publishes when this run is settled (a retry).
-    followups: List[Any]
+    #: What is settled with this run: a retry, say.
+    ends: Ends
 
     def __init__(self, *args: Any, **values: Any) -> None:
         known = self.__dict__
@@ -95,7 +110,7 @@ class Context:
         known.update(values)
         # After the message's headers: nobody outside puts anything in here.
         self.children = []
-        self.followups = []
+        self.ends = Ends()
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value by name."""
@@ -338,6 +353,19 @@ class Task:
         """Return an immutable signature: a parent's result is not added to its arguments."""
         return self.signature(args, kwargs, immutable=True)
 
+    def map(self, it: Iterable[Any]) -> Signature:
+        """Return a signature that calls this task with each item, one after the other, in one message."""
+        return xmap(self, it, app=self.app)
+
+    def starmap(self, it: Iterable[Any]) -> Signature:
+        """Do the same with each item as the arguments of a call."""
+        return xstarmap(self, it, app=self.app)
+
+    def chunks(self, it: Iterable[Any], n: int) -> Signature:
+        """Return a group of messages, each a `starmap` of `n` items."""
+        found: Signature = chunks(self, it, n, app=self.app)
+        return found
+
     # -- from inside a run
 
     @property
@@ -434,7 +462,7 @@ class Task:
         try:
             self._check(call_args, call_kwargs)
             if not request.is_eager:
-                request.followups[:] = [self.app.prepare_signature(sig)]
+                request.ends.followups[:] = [self.app.prepare_signature(sig)]
         except (MiniqError, TypeError, ValueError) as error:
             raise Reject(error, requeue=False) from error
         if throw:
@@ -501,6 +529,7 @@ class Task:
             "group_id": request.group,
             "group_index": request.group_index,
             "chain": request.chain,
+            "chord": request.chord,
             "expires": request.expires,
             # The header `origin` goes on to name the first sender.
             "headers": {**(request.headers or {}), "origin": request.origin} if request.origin else None,
@@ -532,6 +561,66 @@ class Task:
             {key: value for key, value in options.items() if value is not None},
             immutable=True,
         )
+
+    # -- changing the workflow around the current run
+
+    def replace(self, sig: Any) -> Any:
+        """Run a signature in the place of this task: it gets its id, and what was to come after it.
+
+        Write ``return self.replace(sig)`` or ``raise``; it never comes back.
+        """
+        request = self.request
+        if request.called_directly:
+            raise RuntimeError(f"task {self.name}: replace() is for runs in a worker, this was a plain call")
+        instead: Dict[str, Any] = signature(sig, app=self.app)
+        if kind_of(instead) == "group":
+            instead = joined([instead, gathered()])
+        nesting = (request.replaced_task_nesting or 0) + 1
+        rest = [_nested_deeper(step, nesting) for step in request.chain or ()]
+        options = {
+            "task_id": request.id,
+            "chain": rest or None,
+            "chord": request.chord,
+            "group_id": request.group,
+            "group_index": request.group_index,
+            "replaced_task_nesting": nesting,
+        }
+        instead = linked(instead, request.callbacks, request.errbacks)
+        runner = self.app.eager_runner if request.is_eager else self.app.runner
+        request.ends.followups.clear()
+        runner.start_workflow(
+            instead,
+            (),
+            {key: value for key, value in options.items() if value is not None},
+            request.root_id or request.id,
+            request.id,
+            request,
+            request.ends,
+        )
+        replaced = Ignore("Replaced by new task")
+        replaced.counts_later = True
+        raise replaced
+
+    def add_to_chord(self, sig: Any, lazy: bool = False) -> Any:
+        """Add a member to the chord of which this task is a header member; return its result.
+
+        With `lazy` it is not sent: that is the caller's, with the signature as it is then.
+        """
+        request = self.request
+        if not request.chord or not request.group:
+            raise ValueError("Current task is not member of any chord")
+        added = signature(sig, app=self.app)
+        if request.is_eager:
+            grows = self.app.eager_runner.add_to_chord(request.group)
+        else:
+            grows = self.app.backend.add_to_chord(request.group, 1, "", self.app.chord_expires_s)
+        if not grows:
+            raise RuntimeError("the chord is complete: no member can be added")
+        added.set(group_id=request.group, chord=request.chord, root_id=request.root_id or request.id)
+        result = added.freeze()
+        if lazy:
+            return result
+        return added.apply() if request.is_eager else added.apply_async(add_to_parent=False)
 
     def __repr__(self) -> str:
         return f"<@task: {self.name} of {self.app!r}>"
@@ -602,6 +691,10 @@ if TYPE_CHECKING:
         @overload  # mypy takes no ``(self, **kwargs)`` for the one above
         def __call__(self, fun: Callable[..., C], /) -> CustomTask[..., C]: ...  # type: ignore[overload-cannot-match]
         def __call__(self, fun: Any, /) -> Any: ...
+
+
+def _nested_deeper(step: Any, nesting: int) -> Any:
+    return {**step, "options": {**(step.get("options") or {}), "replaced_task_nesting": nesting}}
 
 
 # -- checks when a task is registered --------------------------------------------------------------

@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from . import _state, signals, states
+from .algebra import as_list, kind_of
 from .backends.base import StoredResult
 from .canvas import Signature, check_signatures, signature
 from .coroutines import ThreadLoops, is_coroutine_function
@@ -38,11 +39,13 @@ from .exceptions import (
     Reject,
     Retry,
 )
+from .flow import context_of, encode_start, never_sent, part_of
 from .log import get_logger
 from .message import HEADER_NAMES, unpack_body
-from .producer import new_task_id
-from .runner import Outcome, Run, Runner, RunnerSpec
+from .plan import plan
+from .runner import Ends, Outcome, Part, Run, Runner, RunnerSpec
 from .serialization import dumps, exception_to_dict, loads, serializer
+from .signatures import new_task_id
 from .task import Context, Task
 from .text import nearest, safe_repr
 from .times import to_iso
@@ -55,7 +58,7 @@ class Execution:
     """One run on its way through the steps."""
 
     __slots__ = (
-        "task", "request", "args", "kwargs", "state", "retval", "error", "einfo", "followups", "results",
+        "task", "request", "args", "kwargs", "state", "retval", "error", "einfo", "ends",
         "action", "reason", "started_mono", "runtime_s", "token",
     )  # fmt: skip
 
@@ -68,8 +71,8 @@ class Execution:
         self.retval: Any = None
         self.error: Optional[BaseException] = None
         self.einfo: Optional[ExceptionInfo] = None
-        self.followups: List[Publication] = request.followups
-        self.results: List[StoredResult] = []
+        #: What is settled with its message; a retry or a replacement is among it already.
+        self.ends = request.ends
         self.action = "ack"
         self.reason = ""
         self.started_mono = 0.0
@@ -201,9 +204,23 @@ class TaskRunner:
 
     def open(self, run: Run) -> "Execution | Outcome":
         """Decode a message; return its execution, or the outcome where it cannot run."""
+        name = run.headers["task"]
+        request = self._context(run)
+        try:
+            task = self.app.tasks.get(name)
+            if task is None:
+                hint = nearest(name, self.app.tasks)
+                raise NotRegistered(
+                    name if hint is None else f"{name} (the nearest registered name is {hint})"
+                )
+            self._read_body(run, request)
+        except MiniqError as error:
+            return self._refuse(run, error)
+        return Execution(task, request, request.args, request.kwargs)
+
+    def _context(self, run: Run) -> Context:
         headers = run.headers
-        name = headers["task"]
-        request = Context(
+        return Context(
             headers,
             {
                 "retries": headers.get("retries") or 0,
@@ -218,46 +235,55 @@ class TaskRunner:
                 "is_eager": False,
             },
         )
-        try:
-            task = self.app.tasks.get(name)
-            if task is None:
-                hint = nearest(name, self.app.tasks)
-                raise NotRegistered(
-                    name if hint is None else f"{name} (the nearest registered name is {hint})"
-                )
-            value = loads(
-                run.body,
-                run.content_type,
-                run.content_encoding,
-                self.app.accept,
-                headers.get("compression"),
-            )
-            try:
-                args, kwargs, embed = unpack_body(value)
-                if embed["chord"] is not None:
-                    raise ValueError("it is a member of a chord, which this version of miniq does not run")
-                # Now rather than when the work is done and its callbacks turn out to be impossible.
-                for key in ("callbacks", "errbacks", "chain"):
-                    if embed[key]:
-                        check_signatures(embed[key], key)
-            except (ValueError, TypeError, ImproperlyConfigured) as error:
-                raise InvalidTaskError(str(error)) from error
-        except MiniqError as error:
-            return self.refuse(request, error)
-        request.__dict__.update(args=args, kwargs=kwargs, **embed)
-        return Execution(task, request, args, kwargs)
 
-    def refuse(self, request: Context, error: BaseException) -> Outcome:
+    def _read_body(self, run: Run, request: Context) -> None:
+        """Put arguments and callbacks into `request`; a `MiniqError` says what is wrong with the body."""
+        value = loads(
+            run.body,
+            run.content_type,
+            run.content_encoding,
+            self.app.accept,
+            run.headers.get("compression"),
+        )
+        try:
+            args, kwargs, embed = unpack_body(value)
+            # Now rather than when the work is done and its callbacks turn out to be impossible.
+            for key in ("callbacks", "errbacks", "chain", "chord"):
+                if embed[key]:
+                    check_signatures(as_list(embed[key]), key)
+        except (ValueError, TypeError, ImproperlyConfigured) as error:
+            raise InvalidTaskError(str(error)) from error
+        request.__dict__.update(args=args, kwargs=kwargs, **embed)
+
+    def request_of(self, run: Run) -> Context:
+        """Return the request of a message that is not run here, with its body's part if it can be read."""
+        request = self._context(run)
+        try:
+            self._read_body(run, request)
+        except MiniqError as error:
+            logger.debug("Task %s[%s]: its body cannot be read: %s", request.task, request.id, error)
+        return request
+
+    def refusal(self, run: Run, error: BaseException, state: str = states.FAILURE) -> Ends:
+        """Return what is settled with a message that does not run."""
+        ends = Ends()
+        request = self.request_of(run)
+        self.failure(self.app.tasks.get(request.task), request, error, None, ends, state)
+        return ends
+
+    def _refuse(self, run: Run, error: BaseException) -> Outcome:
         """Return the outcome of a message that cannot run: FAILURE, and set aside to be replayed."""
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         reason = f"{type(error).__name__}: {text}"
+        headers = run.headers
         logger.error(
-            "Task %s[%s] cannot run and is set aside as a dead letter: %s", request.task, request.id, reason
+            "Task %s[%s] cannot run and is set aside as a dead letter: %s",
+            headers["task"], headers["id"], reason,
+        )  # fmt: skip
+        ends = self.refusal(run, error)
+        return Outcome(
+            states.FAILURE, ends.results, ends.followups, "reject", reason, 0.0, ends.parts, ends.starts
         )
-        results = []
-        if not request.ignore_result:
-            results.append(self.encode(request, states.FAILURE, exception_to_dict(error), None))
-        return Outcome(states.FAILURE, results, [], "reject", reason)
 
     @staticmethod
     def _custom_headers(headers: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
@@ -284,17 +310,20 @@ class TaskRunner:
 
     def _succeeded(self, ex: Execution, value: Any) -> None:
         ex.runtime_s = monotonic() - ex.started_mono
-        request, task, followups = ex.request, ex.task, ex.followups
-        sent, children = len(followups), len(request.children)
+        request, task, ends = ex.request, ex.task, ex.ends
+        sent, started, children = len(ends.followups), len(ends.starts), len(request.children)
         try:
             if request.callbacks:
-                followups.extend(self._callbacks(request, value))
+                self._callbacks(request, value, ends)
             if request.chain:
-                followups.append(self._next_step(request, value))
+                self._next_step(request, value, ends)
+            if request.chord:
+                ends.parts.append(self.part(request, states.SUCCESS, value))
             if self.keeps(task, request):
-                self._keep(ex.results, task, self.encode(request, states.SUCCESS, value, None, task))
+                self._keep(ends.results, task, self.encode(request, states.SUCCESS, value, None, task))
         except Exception as error:  # safety net: an unencodable value or unusable callback fails the task
-            del followups[sent:], request.children[children:]
+            del ends.followups[sent:], ends.starts[started:], request.children[children:]
+            ends.parts.clear()
             self._failed(ex, error)
             return
         ex.retval = value
@@ -308,7 +337,10 @@ class TaskRunner:
         if isinstance(error, Retry):
             self._retried(ex, error)
         elif isinstance(error, Ignore):
-            ex.state = states.IGNORED
+            ex.state, ex.error = states.IGNORED, error
+            if not error.counts_later:
+                # Nobody else would say so: its chord, and who asks for a later step, would wait for ever.
+                self._breaks_off(ex.request, states.FAILURE, exception_to_dict(error), None, ex.ends)
         elif isinstance(error, Reject) and error.requeue:
             ex.state, ex.action, ex.reason = states.REJECTED, "requeue", _reason(error)
             ex.error = error
@@ -322,9 +354,7 @@ class TaskRunner:
         ex.state = states.FAILURE
         ex.error = ex.retval = error
         ex.einfo = ExceptionInfo(error, text)
-        results, followups = self.failure(ex.task, ex.request, error, text)
-        ex.results.extend(results)
-        ex.followups.extend(followups)
+        self.failure(ex.task, ex.request, error, text, ex.ends)
 
     def _retried(self, ex: Execution, retry: Retry) -> None:
         ex.state = states.RETRY
@@ -333,30 +363,54 @@ class TaskRunner:
         if self.keeps(ex.task, ex.request, failed=True):
             cause = exception_to_dict(retry.exc or retry)
             result = self.encode(ex.request, states.RETRY, cause, ex.einfo.traceback, ex.task)
-            self._keep(ex.results, ex.task, result)
+            self._keep(ex.ends.results, ex.task, result)
 
     def failure(
-        self, task: Optional[Task], request: Context, error: BaseException, traceback: Optional[str]
-    ) -> Tuple[List[StoredResult], List[Publication]]:
-        """Return what a failure stores and sends: its result, that of later steps, its errbacks.
+        self,
+        task: Optional[Task],
+        request: Context,
+        error: BaseException,
+        traceback: Optional[str],
+        ends: Ends,
+        state: str = states.FAILURE,
+    ) -> None:
+        """Add what a failure stores and sends: its result, those of later steps, its errbacks.
 
-        Also used by the worker for tasks that ended without an outcome (killed, timed out).
+        Also used by the worker for tasks that ended without an outcome (killed, timed out), for those
+        that were revoked (`state` REVOKED) and for the body of a chord whose header failed.
         """
-        results: List[StoredResult] = []
+        results = ends.results
         cause = exception_to_dict(error)
         if self.keeps(task, request, failed=True):
-            self._keep(results, task, self.encode(request, states.FAILURE, cause, traceback, task))
+            self._keep(results, task, self.encode(request, state, cause, traceback, task))
+        self._breaks_off(request, state, cause, traceback, ends)
+        if state != states.REVOKED:
+            self.call_errbacks(request, error, traceback, ends)
+
+    def _breaks_off(
+        self, request: Context, state: str, cause: Dict[str, Any], traceback: Optional[str], ends: Ends
+    ) -> None:
+        """Add what its chord is told of a task without a value, and the failure of all steps after it."""
+        if request.chord:
+            ends.parts.append(self.part(request, state, cause))
         for step in request.chain or ():
-            sig = signature(step, app=self.app)
-            if sig.id:
-                get = sig.options.get
-                reply_to = get("reply_to") or request.reply_to
-                later = Context(
-                    id=sig.id, task=sig.task, ignore_result=get("ignore_result"), reply_to=reply_to
-                )
-                if self.keeps(self.app.tasks.get(sig.task), later, failed=True):
-                    results.append(self.encode(later, states.FAILURE, cause, traceback))
-        return results, self._errbacks(request, error, traceback)
+            for sig in never_sent(step):
+                self.give_up(context_of(sig, request), cause, traceback, ends)
+
+    def give_up(self, later: Context, cause: Any, traceback: Optional[str], ends: Ends) -> None:
+        """Add the failure of a step that will never be sent; `cause` is the encoded exception."""
+        if not later.id:
+            return
+        task = self.app.tasks.get(later.task)
+        if self.keeps(task, later, failed=True):
+            self._keep(ends.results, task, self.encode(later, states.FAILURE, cause, traceback, task))
+        if later.chord:
+            ends.parts.append(self.part(later, states.FAILURE, cause))
+
+    def part(self, request: Context, state: str, value: Any) -> Part:
+        """Return what a member of a chord came to."""
+        conf = self.app.conf
+        return part_of(request, state, value, conf.result_serializer, self.app.chord_expires_s)
 
     # -- results
 
@@ -390,29 +444,27 @@ class TaskRunner:
 
     # -- follow-ups
 
-    def _callbacks(self, request: Context, value: Any) -> List[Publication]:
+    def _callbacks(self, request: Context, value: Any, ends: Ends) -> None:
         """One callback goes alone; several share a group id."""
         callbacks = request.callbacks or []
         group_id = new_task_id() if len(callbacks) > 1 else None
-        found = []
         for index, callback in enumerate(callbacks):
             options = {} if group_id is None else {"group_id": group_id, "group_index": index}
-            found.append(self._follow(request, signature(callback, app=self.app), (value,), options))
-        return found
+            self._follow(request, signature(callback, app=self.app), (value,), options, ends)
 
-    def _next_step(self, request: Context, value: Any) -> Publication:
+    def _next_step(self, request: Context, value: Any, ends: Ends) -> None:
         """Send the next chain step, the rest of the chain with it."""
         rest = list(request.chain or ())
         step = signature(rest.pop(), app=self.app)
         # Who called the first step waits for the last one.
-        step.options.setdefault("reply_to", request.reply_to)
-        return self._follow(request, step, (value,), {"chain": rest})
+        if not step.options.get("reply_to"):
+            step.options["reply_to"] = request.reply_to
+        self._follow(request, step, (value,), {"chain": rest}, ends)
 
-    def _errbacks(
-        self, request: Context, error: BaseException, traceback: Optional[str]
-    ) -> List[Publication]:
+    def call_errbacks(
+        self, request: Context, error: BaseException, traceback: Optional[str], ends: Ends
+    ) -> None:
         """Call errbacks that take (request, exc, traceback) here; send the others the failed id."""
-        found: List[Publication] = []
         errbacks = request.errbacks or []
         group_id = new_task_id() if errbacks else None
         for index, errback in enumerate(errbacks):
@@ -427,23 +479,54 @@ class TaskRunner:
                             self.thread_exit()
                 else:
                     options = {"group_id": group_id, "group_index": index}
-                    found.append(self._follow(request, sig, (request.id,), options))
+                    self._follow(request, sig, (request.id,), options, ends)
             except Exception:  # safety net: one bad errback must not hide the failure or the other errbacks
                 logger.exception(
                     "Task %s[%s]: its errback %s failed and is skipped",
                     request.task, request.id, safe_repr(errback, 200),
                 )  # fmt: skip
-        return found
 
     def _follow(
-        self, request: Context, sig: Signature, args: Tuple[Any, ...], options: Dict[str, Any]
-    ) -> Publication:
+        self, request: Context, sig: Signature, args: Tuple[Any, ...], options: Dict[str, Any], ends: Ends
+    ) -> None:
+        root_id, parent_id = request.root_id or request.id, request.id
+        if kind_of(sig) is not None or sig["task"] == "celery.chunks":
+            self.start_workflow(sig, args, options, root_id, parent_id, request, ends)
+            return
         sig = sig.clone(args, **options)
-        sig.options.setdefault("root_id", request.root_id or request.id)
-        sig.options.setdefault("parent_id", request.id)
+        sig.options.setdefault("root_id", root_id)
+        sig.options.setdefault("parent_id", parent_id)
         publication: Publication = self.app.prepare_signature(sig)
+        ends.followups.append(publication)
         request.children.append(((publication.message.headers["id"], None), None))
-        return publication
+
+    def start_workflow(
+        self,
+        sig: Mapping[str, Any],
+        args: Tuple[Any, ...],
+        options: Mapping[str, Any],
+        root_id: Optional[str],
+        parent_id: Optional[str],
+        request: Context,
+        ends: Ends,
+    ) -> None:
+        """Add what starts a workflow (or a task) after a run."""
+        app = self.app
+        found = plan(
+            sig,
+            args,
+            {},
+            options,
+            new_id=new_task_id,
+            root_id=root_id,
+            parent_id=parent_id,
+            reply_to=request.reply_to,
+            polled=not app.counts_chords,
+        )
+        ends.followups += [app.prepare_step(step) for step in found.steps]
+        ends.starts += [encode_start(start, app.chord_expires_s) for start in found.chords]
+        if found.result is not None:
+            request.children.append(found.result)
 
     # -- conclude
 
@@ -483,7 +566,11 @@ class TaskRunner:
                 retval=ex.retval,
                 state=state,
             )
-        return Outcome(state, ex.results, list(ex.followups), ex.action, ex.reason, ex.runtime_s)
+        ends = ex.ends
+        return Outcome(
+            state, ends.results, list(ends.followups), ex.action, ex.reason, ex.runtime_s, ends.parts,
+            list(ends.starts),
+        )  # fmt: skip
 
     def announce_failure(self, ex: Execution) -> None:
         """Call on_failure, send task_failure, write the log line."""

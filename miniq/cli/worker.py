@@ -203,7 +203,7 @@ def banner(worker: Worker, options: argparse.Namespace) -> str:
     slots = (
         f"{worker.pool.size}" if not worker.autoscale else f"{worker.concurrency} to {worker.autoscale[0]}"
     )
-    names = sorted(app.tasks)
+    names = sorted(name for name in app.tasks if not name.startswith("celery."))
     shown = names[:20] + ([f"... and {len(names) - 20} more"] if len(names) > 20 else [])
     lines = [
         f"miniq {__version__}: worker {worker.hostname} (pid {os.getpid()})",

@@ -166,11 +166,19 @@ class AmqpTransport(Transport):
         with self.link.channel() as channel:
             for tag, letter in self._each_dead(channel):
                 if letter.id == dead_letter_id:
-                    again = Publication(letter.message, "", letter.queue)
-                    self.publish([again], self.link.options.socket_timeout)
+                    self._publish_again(letter)
                     channel.ack(tag, False)
                     return True
         return False
+
+    def _publish_again(self, letter: DeadLetter) -> None:
+        """Publish a dead letter, at once: as a copy, which no worker takes for the message it once had."""
+        timeout_s = self.link.options.socket_timeout
+        publication = Publication(letter.message, "", letter.queue)
+        exchange, key, properties, headers, body, _ = self._item(publication, monotonic() + timeout_s)
+        headers = {**headers, COPY: os.urandom(6).hex()}
+        # Mandatory, be it a task or not: it must not get lost where the queue is gone.
+        self.link.send([(letter.message, (exchange, key, properties, headers, body, True))], timeout_s)
 
     def drop(self, dead_letter_id: str) -> bool:
         with self.link.channel() as channel:

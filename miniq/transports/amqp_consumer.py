@@ -56,6 +56,8 @@ LINGER_S = 0.5
 LEAST_AHEAD, MOST_AHEAD = 32, 256
 #: Messages held here until they are due, at most.
 MOST_HELD = 1000
+#: When what is not due cannot be sent to where it waits, that is tried again so much later.
+FAR_PAUSE_S = 20.0
 #: An acknowledgement may be lost with its connection for so long, and the message come again so much
 #: later; so many are remembered at most.
 DOUBT_S, DOUBTED_S, MOST_DOUBTED = 30.0, 600.0, 20_000
@@ -94,6 +96,7 @@ class AmqpConsumer(Consumer):
         self._later: List[Tuple[float, int, Held]] = []
         #: What is to go to a queue in which it waits.
         self._far: List[Held] = []
+        self._far_mono = 0.0
         #: What the next step acknowledges, and what it refuses.
         self._acks: List[Held] = []
         self._refused: List[Held] = []
@@ -217,8 +220,10 @@ class AmqpConsumer(Consumer):
             else:
                 held.state = Held.GONE
         now_mono = monotonic()
+        # Of two with one id nobody could tell which one comes again.
+        twins = {held.key for held in self._unsettled.values()}
         for moment, key in self._recent:
-            if moment > now_mono - DOUBT_S:
+            if moment > now_mono - DOUBT_S and key not in twins:
                 self._doubtful[key] = now_mono
         self._recent.clear()
         self._seeking, self._seek_mono, self._seek_pause_s = bool(self._orphans), now_mono, 1.0
@@ -226,6 +231,7 @@ class AmqpConsumer(Consumer):
             mapping.clear()
         self._later.clear()
         self._far.clear()
+        self._far_mono = 0.0
 
     def fileno(self) -> Optional[int]:
         self._connected()
@@ -437,7 +443,7 @@ class AmqpConsumer(Consumer):
         if self.at_hand < limit:
             self._read()
         self.woken = False
-        if self._far:
+        if self._far and (mono >= self._far_mono or len(self._far) > MOST_HELD):
             self._send_far()
         now = self._wall()
         while self._later and self._later[0][0] <= now:
@@ -566,6 +572,8 @@ class AmqpConsumer(Consumer):
             if isinstance(error, OperationalError):
                 logger.warning("%d messages that are not due yet cannot be put off: %s", len(left), error)
                 self._far = left
+                # While the server takes nothing, each try costs the time that a run's end could have.
+                self._far_mono = monotonic() + FAR_PAUSE_S
             else:
                 logger.error("%d messages that are not due yet wait in this worker: %s", len(left), error)
                 for held in left:
@@ -811,7 +819,7 @@ class AmqpConsumer(Consumer):
             self._seek_mono, self._seek_pause_s = mono + self._seek_pause_s, min(2 * self._seek_pause_s, 60.0)
             if self._satisfied_mono:
                 self._subscribe(0, 1)
-        if self._far:
+        if self._far and mono >= self._far_mono:
             self._send_far()
         for key in [key for key, since in self._doubtful.items() if mono - since > DOUBTED_S]:
             del self._doubtful[key]

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
 
+from ..codecs.amqp_wire import encode_table
 from ..connections.amqp import Channel, ChannelError, Options, Refusal, Server
 from ..exceptions import EncodeError, ImproperlyConfigured, OperationalError
 from ..message import Delivery, Message
 from ..routing import Exchange, Queue
+from ..text import truncate
 from . import amqp_notes
 from .amqp_message import to_content
 from .amqp_topology import (
@@ -40,8 +42,11 @@ COPY = "x-miniq-copy"
 UNTIL = "x-miniq-until"
 #: Exchanges of queues in which messages wait to be due.
 WAITING_ROOMS = ("_miniq.delay", "celery_delayed_")
-#: The header that says why a message was set aside.
+#: The header that says why a message was set aside, and the longest reason.
 DEAD_HEADER = "x-miniq-dead"
+MAX_REASON_CHARS = 1000
+#: What is added to a message must not make its headers too long for a frame, of 128 KiB: then they are cut.
+MAX_HEADER_BYTES = 120_000
 
 #: What a channel publishes: exchange, routing key, properties, headers, body, mandatory.
 Item = Tuple[str, str, Dict[str, Any], Dict[str, Any], bytes, bool]
@@ -270,6 +275,10 @@ class Link:
                 raise OperationalError(f"where messages wait to be due is gone: {error}") from error
             raise refused(error, "publishing") from error
         except (TypeError, ValueError) as error:
+            fitting = [(message, _cut(item)) for message, item in items]
+            if any(new[1] is not old[1] for new, old in zip(fitting, items)):
+                self.send(fitting, left_until(deadline_mono), again, accepted)
+                return
             raise EncodeError(f"a message that AMQP cannot carry: {error}") from error
         bad = [(one, refusal) for one, refusal in zip(items, refusals) if refusal is not None]
         if bad:
@@ -377,7 +386,8 @@ class Link:
             self._has_dead = True
         message, (_, _, properties, headers, body, _) = self._copy(delivery, starts, "", DEAD)
         told = {
-            "id": os.urandom(8).hex(), "queue": delivery.queue, "reason": reason, "at": self.wall(),
+            "id": os.urandom(8).hex(), "queue": delivery.queue,
+            "reason": truncate(reason, MAX_REASON_CHARS), "at": self.wall(),
         }  # fmt: skip
         headers = {**headers, DEAD_HEADER: told}
         # It stays until somebody looks at it.
@@ -488,3 +498,31 @@ class Link:
         """A consumer hands a message out; it takes it back if the transaction fails."""
         if self.open_step is not None:
             self.open_step.taken.append(held)
+
+
+def _cut(item: Item) -> Item:
+    """Return what takes the place of a delivery with headers that fit into a frame, if they did not.
+
+    Nobody could settle that delivery otherwise, and all would wait for it.
+    """
+    exchange, routing_key, properties, headers, body, mandatory = item
+    if COPY not in headers:
+        return item
+    try:
+        encode_table(headers)
+    except (TypeError, ValueError):
+        return item  # it is not their length
+    cut: List[str] = []
+    for name in sorted(headers, key=lambda name: len(repr(headers[name])), reverse=True):
+        if len(encode_table(headers)) <= MAX_HEADER_BYTES:
+            break
+        if not cut:
+            headers = dict(headers)
+        cut.append(name)
+        value = headers[name]
+        headers[name] = truncate(value, MAX_REASON_CHARS) if isinstance(value, str) else None
+    if not cut:
+        return item
+    text = "The headers of message %.100r do not fit into a frame of AMQP: cut are %.300s"
+    logger.warning(text, headers.get("id"), ", ".join(cut))
+    return exchange, routing_key, properties, headers, body, mandatory

@@ -26,8 +26,7 @@ from ..log import get_logger
 from ..loop import Loop
 from ..message import Delivery, upgrade_v1, validate_headers
 from ..pools.base import Pool
-from ..serialization import dumps, exception_to_dict, loads
-from ..task import Context
+from ..serialization import dumps, loads
 from ..text import import_object, nearest, safe_repr
 from ..times import parse_rate, to_epoch
 from ..transports.base import Consumer
@@ -299,7 +298,7 @@ class Admission:
         batch.endings.append((None, partial(self.consumer.defer, delivery, until)))
 
     def _drop_revoked(self, delivery: Delivery, why: str, batch: Batch) -> None:
-        batch.results += self.settler.revoked_results(delivery, why)
+        batch.add_ends(self.settler.revoked(delivery, why))
         batch.endings.append((None, partial(self.consumer.ack, delivery)))
         batch.after.append(partial(self.settler.announce_revoked, delivery, expired=why == "expired"))
 
@@ -308,14 +307,8 @@ class Admission:
         headers = delivery.message.headers
         task_id = headers.get("id")
         reason = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
-        if isinstance(task_id, str) and task_id and not headers.get("ignore_result"):
-            reply_to = delivery.message.properties.get("reply_to")
-            request = Context(
-                id=task_id, task=str(headers.get("task")), hostname=self.hostname, reply_to=reply_to
-            )
-            batch.results.append(
-                self.settler.runner.encode(request, states.FAILURE, exception_to_dict(error), None)
-            )
+        if isinstance(task_id, str) and task_id:
+            batch.add_ends(self.settler.refused_message(delivery, error))
         batch.endings.append((None, partial(self.consumer.dead_letter, delivery, reason)))
         text = "Message %s[%s] from queue %s cannot be run and is set aside as a dead letter: %s"
         shown = (safe_repr(headers.get("task"), 200), safe_repr(task_id, 100), delivery.queue, reason)

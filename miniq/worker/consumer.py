@@ -25,17 +25,19 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
-from ..backends.base import Backend
+from ..backends.base import Backend, ClaimLost
 from ..exceptions import BackendError, OperationalError, WorkerLostError
 from ..log import get_logger
 from ..loop import Loop, Timer
 from ..message import Delivery
 from ..pools.base import Job, Lost, Pool
+from ..runner import Ends
 from ..trace import Outcome, TaskRunner, ignores_result
 from ..transports.base import Consumer, NotOurs, Transport
 from .admission import Admission
+from .chords import Chords
 from .request import Request
 from .settlement import Batch, Finished, Settler
 
@@ -67,12 +69,16 @@ class _Turn:
     __slots__ = ("finished", "started", "returned", "batch", "is_settled", "settling_calls")
 
     def __init__(
-        self, finished: List[Finished], started: List[Tuple[Request, int]], returned: List[Request]
+        self,
+        chords: Chords,
+        finished: Sequence[Finished] = (),
+        started: Sequence[Tuple[Request, int]] = (),
+        returned: Sequence[Request] = (),
     ) -> None:
-        self.finished = finished
-        self.started = started
-        self.returned = returned
-        self.batch = Batch()
+        self.finished = list(finished)
+        self.started = list(started)
+        self.returned = list(returned)
+        self.batch = Batch(chords)
         #: The settling is committed, whatever becomes of the rest.
         self.is_settled = False
         #: How many of the batch's calls belong to it.
@@ -189,7 +195,7 @@ class TaskConsumer:
         overdue, self._overdue = self._overdue, False
         if not overdue and self._can_settle_later():
             before = len(self.running)
-            if not self._turn(_Turn([], [], [])):
+            if not self._turn(_Turn(self.settler.chords)):
                 return
             if len(self.running) > before:
                 # They run meanwhile, and what ends until then is settled together.
@@ -200,9 +206,10 @@ class TaskConsumer:
             self._lingering = None
         self._turn(
             _Turn(
-                self._finished[:1] if self._careful else self._finished[:],
-                self._started[:],
-                self._returned[:],
+                self.settler.chords,
+                self._finished[:1] if self._careful else self._finished,
+                self._started,
+                self._returned,
             )
         )
 
@@ -242,6 +249,8 @@ class TaskConsumer:
                 self._call_after(batch)
             if isinstance(error, NotOurs):
                 self._drop(error)
+            elif isinstance(error, ClaimLost):
+                self.schedule()  # others send that body: now nothing is claimed
             elif isinstance(error, OperationalError) or self._is_backend_away(error):
                 self._trouble(error)
             else:
@@ -374,6 +383,18 @@ class TaskConsumer:
             call()
         except Exception:  # named net: what was committed must still be handed to the pool
             logger.exception("What follows a turn failed; the worker goes on")
+
+    def finish_chords_left_over(self) -> None:
+        """Send the bodies of chords that are complete and that nobody has finished."""
+        try:
+            for group_id, body in self.backend.chords_left_over(self.loop.now()):
+                batch = Batch(self.settler.chords)
+                with self.transport.transaction():
+                    self.settler.chords.finish_left_over(group_id, body, self.backend, batch)
+                    batch.write(self.transport, self.backend, self.app.conf.task_publish_timeout)
+                self._call_after(batch)
+        except (OperationalError, BackendError, ClaimLost) as error:
+            logger.debug("chords that are left over are looked for later: %s", error)
 
     # -- what wakes the next turn
 
@@ -594,7 +615,7 @@ class TaskConsumer:
             one = self.settler.ended(request, outcome)
         except Exception as error:  # named net: hooks and routes are the user's; the message must end
             logger.exception("Task %s: its end cannot be settled as it should", request)
-            one = Finished(request, [], [], partial(self.consumer.ack, request.delivery))
+            one = Finished(request, Ends(), partial(self.consumer.ack, request.delivery))
             self.settler.refused(one, error)
         self._finished.append(one)
         if len(self.running) - len(self._finished) > self.concurrency + self._ahead // 2:

@@ -8,16 +8,15 @@ limits and failures that its own process could not live to tell.
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional
 
 from .. import states
-from ..backends.base import StoredResult
 from ..log import get_logger
 from ..message import Delivery
 from ..pools.base import Job
+from ..runner import Ends
 from ..task import Context, Task
 from ..trace import ExceptionInfo, Execution, Run, TaskRunner
-from ..transports.base import Publication
 
 logger = get_logger(__name__)
 
@@ -161,18 +160,17 @@ class Request:
         opened = runner.open(self.run())
         return opened if isinstance(opened, Execution) else Execution(self.task, self.context(), [], {})
 
-    def failed_here(
-        self, runner: TaskRunner, error: BaseException
-    ) -> Tuple[List[StoredResult], List[Publication]]:
-        """Return (results, follow-ups) of a failure of this request; calls its handlers and errbacks."""
+    def failed_here(self, runner: TaskRunner, error: BaseException) -> Ends:
+        """Return what is settled after a failure of this request; calls its handlers and errbacks."""
         ex = self.execution(runner)
         text = f"{type(error).__name__}: {error}\n"
         ex.state, ex.error, ex.retval = states.FAILURE, error, error
         ex.einfo = ExceptionInfo(error, text)
-        results, followups = runner.failure(ex.task, ex.request, error, text)
+        ends = Ends()
+        runner.failure(ex.task, ex.request, error, text, ends)
         self.tell("on_failure", ex.einfo)
         runner.announce_failure(ex)
-        return results, followups
+        return ends
 
     def tell(self, hook: str, *args: Any) -> None:
         """Call one of the methods above; an error in it changes nothing."""

@@ -25,10 +25,12 @@ from ..log import get_logger
 from ..loop import Loop
 from ..message import Delivery
 from ..pools.base import Lost
+from ..runner import Ends, Outcome, Part, Run, Start
 from ..serialization import exception_to_dict
 from ..task import Context
-from ..trace import Outcome, TaskRunner, ignores_result
+from ..trace import TaskRunner, ignores_result
 from ..transports.base import Consumer, NotOurs, Publication, Transport, pause_after_loss_s
+from .chords import Chords
 from .request import Request
 
 logger = get_logger(__name__)
@@ -46,19 +48,17 @@ class Finished:
     is committed.  `refusals` counts how often broker or backend would not have it.
     """
 
-    __slots__ = ("request", "results", "followups", "end", "after", "refusals")
+    __slots__ = ("request", "ends", "end", "after", "refusals")
 
     def __init__(
         self,
         request: Request,
-        results: List[StoredResult],
-        followups: List[Publication],
+        ends: Ends,
         end: Callable[[], bool],
         after: Optional[Call] = None,
     ) -> None:
         self.request = request
-        self.results = results
-        self.followups = followups
+        self.ends = ends
         self.end = end
         self.after = after
         self.refusals = 0
@@ -67,11 +67,18 @@ class Finished:
 class Batch:
     """What a turn is about to do, collected."""
 
-    __slots__ = ("publications", "results", "endings", "after", "stored")
+    __slots__ = (
+        "chords", "publications", "results", "parts", "starts", "finishing", "endings", "after", "stored",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, chords: Chords) -> None:
+        self.chords = chords
         self.publications: List[Publication] = []
         self.results: List[StoredResult] = []
+        #: Members of chords that end, chords that begin, and such that are complete.
+        self.parts: List[Part] = []
+        self.starts: List[Start] = []
+        self.finishing: List[Call] = []
         #: (whose, how): None where nobody here waits for the end.
         self.endings: List[Tuple[Optional[Request], Callable[[], bool]]] = []
         #: Called after the commit, in this order.
@@ -81,24 +88,42 @@ class Batch:
 
     def add(self, finished: Finished) -> None:
         """Add the settlement of one run."""
-        self.results += finished.results
-        self.publications += finished.followups
+        self.add_ends(finished.ends)
         self.endings.append((finished.request, finished.end))
         if finished.after is not None:
             self.after.append(finished.after)
+
+    def add_ends(self, ends: Ends) -> None:
+        """Add what is settled with a message."""
+        self.results += ends.results
+        self.publications += ends.followups
+        self.parts += ends.parts
+        self.starts += ends.starts
 
     def write(self, transport: Transport, backend: Backend, timeout_s: float) -> None:
         """Do it, inside the turn's transaction; raises `NotOurs` at its end.
 
         A second call does what was added since.
         """
+        if self.parts:
+            self.chords.arrive(self.parts, backend, self)
+        for group_id, size, body, expires_s in self.starts:
+            # Not anew: this turn may have been tried before, and its messages sent.
+            backend.start_chord(group_id, size, body, expires_s, anew=False)
         if self.publications:
             transport.publish(self.publications, timeout_s)
         if self.results and backend.enabled:
             backend.store(self.results)
             self.stored = True
+        if backend.joins:
+            for finish in self.finishing:
+                finish()
+        else:
+            # Only when the bodies are sent.
+            self.after += self.finishing
         gone = [request.delivery for request, end in self.endings if not end() and request is not None]
         self.publications, self.results, self.endings = [], [], []
+        self.parts, self.starts, self.finishing = [], [], []
         if gone:
             raise NotOurs(gone)
 
@@ -113,6 +138,7 @@ class Settler:
         self.loop = loop
         self.consumer = consumer
         self.runner = runner
+        self.chords = Chords(app, runner)
         self.hostname = hostname
         self.delivery_limit = delivery_limit
         #: Late-acked tasks cut off by a cold shutdown go back instead of failing.
@@ -127,15 +153,16 @@ class Settler:
             return self._lost(request, outcome.error)
         self.counts["finished"] += 1
         delivery = request.delivery
+        ends = Ends(outcome.results, outcome.followups, outcome.parts, outcome.starts)
         action, reason = outcome.action, outcome.reason
         if action == "ack":
             if delivery.early or outcome.state != states.FAILURE or request.policy.acks_on_failure:
                 end = partial(self.consumer.ack, delivery)
-                return Finished(request, outcome.results, outcome.followups, end)
+                return Finished(request, ends, end)
             action, reason = "reject", "it failed, and acks_on_failure is off"
         end = partial(self.consumer.reject, delivery, action == "requeue", reason)
         after = partial(_send_rejected, request) if signals.task_rejected.receivers else None
-        return Finished(request, outcome.results, outcome.followups, end, after)
+        return Finished(request, ends, end, after)
 
     def _lost(self, request: Request, error: BaseException) -> Finished:
         """Return what to do about a run whose process could not tell its outcome."""
@@ -144,7 +171,7 @@ class Settler:
         late = not delivery.early
         if request.terminating or isinstance(error, Terminated):
             after = partial(self.announce_revoked, delivery, True, request.terminating)
-            return Finished(request, self.revoked_results(delivery, "terminated"), [], ack, after)
+            return Finished(request, self.revoked(delivery, "terminated"), ack, after)
         if isinstance(error, TimeLimitExceeded):
             logger.error("Hard time limit (%ss) exceeded for %s", request.time_limit, request)
             request.tell("on_timeout", False, request.time_limit)
@@ -152,7 +179,7 @@ class Settler:
         elif late and self.cutting_off:
             self.counts["requeued"] += 1
             logger.warning("Task %s was cut off by the shutdown and goes back to its queue", request)
-            return Finished(request, [], [], partial(_release, consumer, delivery))
+            return Finished(request, Ends(), partial(_release, consumer, delivery))
         elif policy.retry_on_worker_lost:
             return self._retried(request, error)
         else:
@@ -160,7 +187,7 @@ class Settler:
         if late and may_run_again:
             return self._started_again(request, error)
         self.counts["lost"] += 1
-        return Finished(request, *request.failed_here(self.runner, error), ack)
+        return Finished(request, request.failed_here(self.runner, error), ack)
 
     def _started_again(self, request: Request, error: BaseException) -> Finished:
         """Give a message back whose process was killed; set it aside when that happened too often."""
@@ -174,7 +201,7 @@ class Settler:
         text = "Task %s: %s; it is started again %s (start %d)"
         logger.error(text, request, error, when, starts + 1)
         end = partial(self.consumer.defer, delivery, self.loop.now() + pause_s)
-        return Finished(request, [], [], end)
+        return Finished(request, Ends(), end)
 
     def _set_aside(self, request: Request, cause: str, starts: int) -> Finished:
         """Fail a task that keeps killing what runs it; its message stays replayable."""
@@ -185,7 +212,7 @@ class Settler:
             " again with `%s dead replay`.", request, text, PROGRAM, PROGRAM,
         )  # fmt: skip
         made = request.failed_here(self.runner, WorkerLostError(text))
-        return Finished(request, *made, partial(self.consumer.dead_letter, request.delivery, text))
+        return Finished(request, made, partial(self.consumer.dead_letter, request.delivery, text))
 
     def _retried(self, request: Request, error: BaseException) -> Finished:
         """Send a task again whose process died, counted as a retry."""
@@ -195,17 +222,18 @@ class Settler:
         if task.max_retries is not None and retries > task.max_retries:
             self.counts["lost"] += 1
             last = MaxRetriesExceededError(f"Can't retry {request}: {error}")
-            return Finished(request, *request.failed_here(self.runner, last), ack)
+            return Finished(request, request.failed_here(self.runner, last), ack)
         self.counts["requeued"] += 1
         logger.error("Task %s: %s; retry %d in %ss", request, error, retries, task.default_retry_delay)
         countdown = task.default_retry_delay
         sig = task.signature_from_request(
             ex.request, ex.args, ex.kwargs, retries=retries, countdown=countdown
         )
-        results = []
+        ends = Ends(followups=[self.app.prepare_signature(sig)])
         if not ignores_result(task, ex.request):
-            results.append(self.runner.encode(ex.request, states.RETRY, exception_to_dict(error), None, task))
-        return Finished(request, results, [self.app.prepare_signature(sig)], ack)
+            cause = exception_to_dict(error)
+            ends.results.append(self.runner.encode(ex.request, states.RETRY, cause, None, task))
+        return Finished(request, ends, ack)
 
     # -- a worker died with it, or it may not start
 
@@ -215,9 +243,8 @@ class Settler:
         if delivery.early:
             self.counts["lost"] += 1
             error = WorkerLostError(f"worker {delivery.lost_by} died while it ran the task")
-            return Finished(
-                request, *request.failed_here(self.runner, error), partial(self.consumer.ack, delivery)
-            )
+            made = request.failed_here(self.runner, error)
+            return Finished(request, made, partial(self.consumer.ack, delivery))
         by = (
             f"worker {delivery.lost_by} died while it ran the task"
             if delivery.lost_by
@@ -235,14 +262,10 @@ class Settler:
             logger.error(
                 "Task %s: its outcome cannot be settled (%s); it is stored as a failure", request, error
             )
-            cause = exception_to_dict(error)
-            finished.results = [
-                self.runner.encode(request.context(), states.FAILURE, cause, None, request.task)
-            ]
-            finished.followups = []
+            finished.ends = self.runner.refusal(request.run(), error)
         else:
             logger.error("Task %s: its result is lost, the backend does not take it: %s", request, error)
-            finished.results = []
+            finished.ends = Ends()
         finished.refusals += 1
 
     # -- results that are made here
@@ -252,14 +275,13 @@ class Settler:
         meta = {"pid": pid, "hostname": self.hostname}
         return self.runner.encode(request.context(), states.STARTED, meta, None)
 
-    def revoked_results(self, delivery: Delivery, why: str) -> List[StoredResult]:
-        """Return the state REVOKED; none for a task without a result."""
-        headers = delivery.message.headers
-        if headers.get("ignore_result"):
-            return []
-        reply_to = delivery.message.properties.get("reply_to")
-        request = Context(headers, hostname=self.hostname, reply_to=reply_to)
-        return [self.runner.encode(request, states.REVOKED, exception_to_dict(TaskRevokedError(why)), None)]
+    def refused_message(self, delivery: Delivery, error: BaseException) -> Ends:
+        """Return what is settled with a message that cannot be run."""
+        return self.runner.refusal(_run_of(delivery), error)
+
+    def revoked(self, delivery: Delivery, why: str) -> Ends:
+        """Return what is settled with a message whose task was revoked: the state REVOKED, if one is kept."""
+        return self.runner.refusal(_run_of(delivery), TaskRevokedError(why), states.REVOKED)
 
     def announce_revoked(
         self, delivery: Delivery, terminated: bool = False, signum: Any = None, expired: bool = False
@@ -274,6 +296,14 @@ class Settler:
             signals.task_revoked.send(
                 sender=task, request=request, terminated=terminated, signum=signum, expired=expired
             )
+
+
+def _run_of(delivery: Delivery) -> Run:
+    message = delivery.message
+    return Run(
+        message.body, message.content_type, message.content_encoding, message.headers, message.properties,
+        delivery.info,
+    )  # fmt: skip
 
 
 def _release(consumer: Consumer, delivery: Delivery) -> bool:

@@ -42,6 +42,8 @@ logger = get_logger(__name__)
 
 #: Seconds between two looks for expired results and revocations.
 CLEAN_UP_INTERVAL_S = 60.0
+#: Seconds between two looks for chords whose last member died before it could send the body.
+CHORDS_INTERVAL_S = 5.0
 #: Seconds without more work before autoscaling takes a slot away, and between two looks.
 AUTOSCALE_KEEPALIVE_S, AUTOSCALE_INTERVAL_S = 30.0, 1.0
 #: Seconds a stopping worker tries to settle its last outcomes while the broker refuses.
@@ -294,6 +296,8 @@ class Worker:
             self.commands.start()
         self._every(consumer.housekeep_interval_s, self._housekeep)
         self._every(CLEAN_UP_INTERVAL_S, self._clean_up)
+        if self.backend.counts_chords:
+            self._every(CHORDS_INTERVAL_S, self.tasks.finish_chords_left_over)
         if self.autoscale:
             self._every(AUTOSCALE_INTERVAL_S, self._scale)
         self._housekeep()

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""Tasks that every app has, under Celery's names: parts of workflows that are messages of their own.
+
+    celery.map, celery.starmap    one task for each item, one after the other, in one message
+    celery.accumulate             its arguments as a list: gathers the members of a group
+    celery.chord_unlock           looks after a chord where the result store cannot count its members
+    celery.backend_cleanup        deletes expired results
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional
+
+from . import states
+from .algebra import as_list
+from .canvas import signature
+from .chords import body_of, failure_of
+from .exceptions import ChordError
+from .result import result_from_tuple
+from .resultbase import read_meta
+from .runner import Ends
+from .serialization import dumps
+from .task import Context
+
+#: Seconds between two looks of `chord_unlock`, at most.
+LONGEST_LOOK_S = 60.0
+#: Options of what is never called by people.
+_QUIET: Dict[str, Any] = {"ignore_result": True, "max_retries": None}
+
+
+def add_to(app: Any) -> None:
+    """Register them."""
+    app.task(name="celery.map")(_map(app, False))
+    app.task(name="celery.starmap")(_map(app, True))
+    app.task(name="celery.accumulate")(accumulate)
+    app.task(name="celery.backend_cleanup", ignore_result=True)(lambda: app.backend.expire())
+    app.task(name="celery.chord_unlock", bind=True, **_QUIET)(chord_unlock)
+
+
+def _map(app: Any, star: bool) -> Any:
+    def run(task: Any, it: Any) -> List[Any]:
+        called = signature(task, app=app)
+        fun = app.tasks[called.task]
+        return [fun(*item) if star else fun(item) for item in it]
+
+    return run
+
+
+def accumulate(*args: Any, index: Optional[int] = None) -> Any:
+    """Return the arguments, or one of them."""
+    return args if index is None else args[index]
+
+
+def chord_unlock(
+    self: Any,
+    group_id: str,
+    callback: Any,
+    interval: Optional[float] = None,
+    max_retries: Optional[int] = None,
+    result: Any = None,
+    **_: Any,
+) -> None:
+    """Send the body of a chord when all of its members have ended; look again later until then.
+
+    The pauses grow, and when results are no longer kept the chord has failed: it does not wait for ever.
+    """
+    app = self.app
+    ids = [result_from_tuple(one, app).id for one in as_list(result)]
+    found = app.backend.fetch(ids)
+    metas = {task_id: read_meta(stored, app.result_accept) for task_id, stored in found.items()}
+    waiting = [task_id for task_id in ids if metas.get(task_id, {}).get("status") not in states.READY_STATES]
+    retries = self.request.retries or 0
+    first_s = interval or app.conf.result_chord_retry_interval
+    pause_s = min(first_s * 1.2 ** min(retries, 50), max(first_s, LONGEST_LOOK_S))
+    patience = app.chord_expires_s
+    waited_s = sum(min(first_s * 1.2 ** min(n, 50), LONGEST_LOOK_S) for n in range(min(retries, 2000)))
+    entries: List[bytes] = []
+    for task_id in ids:
+        if task_id in waiting:
+            continue
+        meta = metas[task_id]
+        entries.append(dumps([1, task_id, meta["status"], meta["result"]], app.conf.result_serializer)[2])
+    if waiting:
+        given_up = (max_retries is not None and retries >= max_retries) or (
+            patience is not None and waited_s > patience
+        )
+        if not given_up:
+            raise self.retry(countdown=pause_s)
+        error = ChordError(f"{len(waiting)} members did not end in time")
+        context = Context(id=group_id, hostname=self.request.hostname)
+        ends = failure_of(app, app.runner, context, callback, error)
+    else:
+        ends = body_of(app, app.runner, group_id, None, callback, entries)
+    own: Ends = self.request.ends
+    own.followups += ends.followups
+    own.starts += ends.starts
+    own.results += ends.results
+    own.parts += ends.parts
