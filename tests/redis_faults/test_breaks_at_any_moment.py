@@ -8,14 +8,12 @@ asks again, and is told.
 from __future__ import annotations
 
 import random
-import threading
 import time
-import uuid
-from collections import Counter
-from typing import Any, Callable, Dict, List, Optional
+from typing import Callable
 
 import pytest
-from redis_fleet import FULL, Fleet, rounds, when_full
+from faults import FULL, Mixture, rounds, when_full
+from redis_fleet import Fleet
 from servers import ErrorReply
 
 
@@ -35,51 +33,6 @@ def kill_one(fleet: Fleet, rand: random.Random) -> None:
             fleet.server.command("CLIENT", "KILL", "ID", rand.choice(ids))
         except ErrorReply as error:
             assert "No such client" in str(error)
-
-
-class Mixture:
-    """A thread that sends tasks of all kinds for the time of a ``with``; all their results are kept."""
-
-    def __init__(self, fleet: Fleet, seed: int, per_second: float) -> None:
-        self.results: List[Any] = []
-        self._fleet, self._rand, self._per_second = fleet, random.Random(seed), per_second
-        self._crash: Optional[BaseException] = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Mixture:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._crash is not None and error is None:
-            raise self._crash
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.wait(self._rand.expovariate(self._per_second)):
-                self._send(self._fleet.next_number())
-        except BaseException as error:
-            self._crash = error
-        finally:
-            self._fleet.client.producer.close()
-
-    def _send(self, number: int) -> None:
-        fleet, rand = self._fleet, self._rand
-        kind = rand.choice(["late", "early", "later", "linked"])
-        seconds = rand.choice([0.0, 0.001, 0.02])
-        options: Dict[str, Any] = {}
-        if kind == "later":
-            options["countdown"] = rand.uniform(0.0, 0.5)
-        elif kind == "linked":
-            task_id = str(uuid.uuid4())
-            link = fleet.client.signature("proj.nap", (f"link-{number}", 0), immutable=True)
-            options["link"] = link.set(task_id=task_id)
-            self.results.append(fleet.client.AsyncResult(task_id))
-        name = "early_nap" if kind == "early" else "nap"
-        self.results.append(fleet.send(name, f"{kind}-{number}", seconds, **options))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +67,7 @@ def test_each_task_runs_once_and_its_result_arrives(
                 how(fleet, rand)
         for result in mixture.results:
             result.get(timeout=30)
-        again = {name: count for name, count in Counter(fleet.lines("ended")).items() if count > 1}
+        again = fleet.doubles("ended")
         assert not again, f"seed {seed}: {again}"
     fleet.check_no_growth()
     fleet.proxy.forward()

@@ -7,7 +7,8 @@ import time
 from typing import Any, Callable, Dict
 
 import pytest
-from redis_fleet import FULL, Fleet, Sender, rounds, when_full
+from faults import FULL, Sender, rounds, when_full
+from redis_fleet import Fleet
 
 #: Commands give up early in the short version, so that a line that is dead is noticed early.
 OPTIONS: Dict[str, Any] = {} if FULL else {"broker_transport_options": {"socket_timeout": 0.5}}

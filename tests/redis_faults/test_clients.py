@@ -10,7 +10,8 @@ import time
 from typing import Any, Callable, Dict, List
 
 import pytest
-from redis_fleet import FULL, Fleet, rounds, when_full
+from faults import FULL, rounds, when_full
+from redis_fleet import Fleet
 from servers import ErrorReply
 from waiting import wait_until
 from workers import environment

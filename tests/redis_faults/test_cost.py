@@ -7,7 +7,8 @@ import threading
 import time
 from typing import Any, Callable, List
 
-from redis_fleet import Fleet, commands_of, cpu_s, when_full
+from faults import cpu_s, when_full
+from redis_fleet import Fleet, commands_of
 from waiting import wait_until
 
 #: How long an idle worker is looked at.

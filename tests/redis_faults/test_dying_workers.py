@@ -10,29 +10,15 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
-from redis_fleet import FULL, Fleet, Sender, commands_of, cpu_s, rounds, when_full
+from faults import FULL, Sender, cpu_s, kill_parent, kill_tree, rounds, when_full
+from redis_fleet import Fleet, commands_of
 from waiting import wait_until
-from workers import WorkerProcess, is_alive
+from workers import WorkerProcess
 
 from miniq.exceptions import WorkerLostError
 
 #: What starting a process or a slow machine may add to a time that was promised.
 SLACK_S = 2.0
-
-
-def kill_tree(worker: WorkerProcess) -> None:
-    """Kill a worker and its children."""
-    worker.send(signal.SIGSTOP)  # or it would replace them
-    for pid in worker.children:
-        os.kill(pid, signal.SIGKILL)
-    worker.kill()
-
-
-def kill_parent(worker: WorkerProcess) -> None:
-    """Kill a worker alone; its children see that, and end."""
-    children = worker.children
-    worker.kill()
-    wait_until(lambda: not any(map(is_alive, children)), 10.0, "the children ended with their parent")
 
 
 @pytest.mark.parametrize(

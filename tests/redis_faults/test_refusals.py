@@ -8,7 +8,8 @@ import time
 from typing import Callable
 
 import pytest
-from redis_fleet import FULL, Fleet, Sender, cpu_s, rounds, when_full
+from faults import FULL, Sender, cpu_s, rounds, when_full
+from redis_fleet import Fleet
 from waiting import wait_until
 
 from miniq.exceptions import OperationalError
@@ -49,13 +50,7 @@ def test_worker_keeps_its_outcomes_until_the_password_is_right_again(
         assert [one.get(timeout=10) for one in results] == [f"{number}-0", f"{number}-1"], worker.log
     fleet.check_no_growth()
 
-    def has_left() -> bool:
-        fleet.client.control.shutdown()
-        return worker.exitcode is not None
-
-    # It hears commands again, too.
-    wait_until(has_left, 15.0, lambda: worker.log, 0.2)
-    assert worker.exitcode == 0
+    fleet.check_hears_commands()
     fleet.check_no_leftovers()
 
 
