@@ -623,8 +623,18 @@ class MiniQ:
 
     @property
     def counts_chords(self) -> bool:
-        """Whether the result store counts the members of chords; else a task looks for them."""
-        return backend_class(self.backend_url()).counts_chords
+        """Whether the result store counts the members of chords; else a task looks for them.
+
+        Raises `ImproperlyConfigured` where workers can do neither.
+        """
+        url = self.backend_url()
+        found = backend_class(url)
+        if not found.is_shared:
+            raise ImproperlyConfigured(
+                f"a chord needs a result store that workers can read, and {mask_url(url)!r} is none: set"
+                " result_backend to one, as redis://"
+            )
+        return found.counts_chords
 
     @property
     def chord_expires_s(self) -> Optional[float]:

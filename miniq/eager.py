@@ -143,9 +143,7 @@ class EagerRunner(TaskRunner):
         if raised is not None:
             raise raised
         for meta in drive.metas.values():
-            meta["children"] = [
-                result_from_tuple(child, self.app, drive.metas) for child in meta["children"]
-            ]
+            meta["children"] = [result_from_tuple(child, self.app, drive.metas) for child in meta["children"]]
         return drive
 
     def _run(self, step: Step, task: Optional[Task]) -> "Tuple[Any, Optional[BaseException]]":

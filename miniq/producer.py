@@ -238,7 +238,9 @@ class Producer:
             eta_text = eta and eta.text
             if expires is not None:
                 expires_text = expires.text
-                expiration = str(min(max(0, int((expires.epoch - now) * 1000)), MAX_EXPIRATION_MS))
+                # A broker would drop it without a word: where others wait for it, a worker has to say so.
+                if not get("chord") and not get("chain"):
+                    expiration = str(min(max(0, int((expires.epoch - now) * 1000)), MAX_EXPIRATION_MS))
 
         priority = get("priority")
         if priority is None and frame is not None and conf.task_inherit_parent_priority:

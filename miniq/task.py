@@ -26,7 +26,7 @@ from typing import (
 )
 
 from . import _state
-from .algebra import gathered, joined, kind_of, linked
+from .algebra import gathered, joined, kind_of, last_task, linked, made_chord
 from .canvas import Signature, chunks, signature, xmap, xstarmap
 from .exceptions import (
     Ignore,
@@ -574,6 +574,9 @@ class Task:
             raise RuntimeError(f"task {self.name}: replace() is for runs in a worker, this was a plain call")
         instead: Dict[str, Any] = signature(sig, app=self.app)
         if kind_of(instead) == "group":
+            instead = made_chord(instead, gathered())
+        elif last_task(instead) is None:
+            # It ends in a group, and what it stands for has one value.
             instead = joined([instead, gathered()])
         nesting = (request.replaced_task_nesting or 0) + 1
         rest = [_nested_deeper(step, nesting) for step in request.chain or ()]

@@ -42,7 +42,7 @@ from .exceptions import (
 from .flow import context_of, encode_start, never_sent, part_of
 from .log import get_logger
 from .message import HEADER_NAMES, unpack_body
-from .plan import plan
+from .plan import plan, poll
 from .runner import Ends, Outcome, Part, Run, Runner, RunnerSpec
 from .serialization import dumps, exception_to_dict, loads, serializer
 from .signatures import new_task_id
@@ -521,8 +521,9 @@ class TaskRunner:
             root_id=root_id,
             parent_id=parent_id,
             reply_to=request.reply_to,
-            polled=not app.counts_chords,
         )
+        if found.chords and not app.counts_chords:
+            found = poll(found, new_task_id)
         ends.followups += [app.prepare_step(step) for step in found.steps]
         ends.starts += [encode_start(start, app.chord_expires_s) for start in found.chords]
         if found.result is not None:

@@ -264,7 +264,7 @@ def test_an_unknown_option_names_the_nearest(add: Any, wrong: str, right: str) -
         add.app.send_task("x", **{wrong: 1})
 
 
-@pytest.mark.parametrize("option", ["chord", "connection", "mandatory", "immediate"])
+@pytest.mark.parametrize("option", ["connection", "mandatory", "immediate"])
 def test_what_celery_has_and_this_version_has_not_is_refused(add: Any, option: str) -> None:
     with pytest.raises(ImproperlyConfigured, match=f"calling option {option}"):
         add.apply_async((1, 2), **{option: {"task": "x"}})
@@ -289,7 +289,10 @@ def test_what_celery_has_and_this_version_has_not_is_refused(add: Any, option: s
         ({"delivery_mode": 3}, ValueError, "persistent"),
         ({"link": "add"}, TypeError, "no signature"),
         ({"link_error": [5]}, TypeError, "no signature"),
-        ({"chain": [{"subtask_type": "chord"}]}, ImproperlyConfigured, "chord"),
+        ({"chain": [{"subtask_type": "chord"}]}, ImproperlyConfigured, "needs the name of a task"),
+        ({"chain": [{"task": "celery.chord", "subtask_type": "chord"}]}, ImproperlyConfigured, "a header"),
+        ({"chord": "add"}, TypeError, "chord"),
+        ({"link": {"task": "celery.group", "subtask_type": "group"}}, ImproperlyConfigured, "list of tasks"),
         ({"producer": object()}, TypeError, "Producer"),
         ({"retry_policy": {"max_retry": 1}}, ValueError, "max_retry"),
     ],
@@ -316,7 +319,8 @@ def test_every_option_is_documented_or_known(add: Any) -> None:
     documented = Task.apply_async.__doc__ or ""
     internal = {
         "producer", "connection", "confirm_timeout", "delivery_mode", "retries", "stamped_headers", "task_id",
-        "replaced_task_nesting", "message_id", "app_id", "type", "user_id", "cluster_id", "timestamp",
+        "replaced_task_nesting", "chord", "message_id", "app_id", "type", "user_id", "cluster_id",
+        "timestamp",
     }  # fmt: skip
     assert {option for option in CALL_OPTIONS if f"`{option}`" not in documented} <= internal
 

@@ -6,18 +6,21 @@ from __future__ import annotations
 import asyncio
 import datetime
 import gc
+from types import SimpleNamespace
 from typing import Any, List
 
 import pytest
 from bench import new_broker
 
-from miniq import AsyncResult, EagerResult, MiniQ, Task, signals
+from miniq import AsyncResult, EagerResult, GroupResult, MiniQ, Task, chain, chord, group, signals
 from miniq.exceptions import (
+    ChordError,
     EncodeError,
     Ignore,
     ImproperlyConfigured,
     MaxRetriesExceededError,
     NotRegistered,
+    Reject,
     UnknownOption,
 )
 
@@ -231,11 +234,11 @@ def test_options_reach_the_request(app: MiniQ) -> None:
     )  # fmt: skip
 
 
-def test_unknown_options_and_workflows_are_refused(app: MiniQ) -> None:
+def test_unknown_options_and_what_is_no_signature_are_refused(app: MiniQ) -> None:
     task = app.task(name="t")(lambda: 1)
     with pytest.raises(UnknownOption, match="did you mean 'countdown'"):
         task.apply(contdown=3)
-    with pytest.raises(ImproperlyConfigured, match="a group cannot be sent"):
+    with pytest.raises(ImproperlyConfigured, match="a group needs a list of tasks"):
         task.apply(link={"task": "celery.group", "subtask_type": "group"})
     with pytest.raises(TypeError, match=r"write t\.s\(\.\.\.\)"):
         task.apply(link=task)
@@ -245,6 +248,216 @@ def test_eager_tasks_may_wait_for_each_other(app: MiniQ) -> None:
     inner = app.task(name="inner")(lambda x: x + 1)
     outer = app.task(name="outer")(lambda: inner.apply((1,)).get())
     assert outer.apply().get() == 2
+
+
+# -- workflows -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tasks(app: MiniQ) -> SimpleNamespace:
+    """Tasks to make workflows of; `seen` is what some of them were called with, in order."""
+    seen: List[Any] = []
+
+    @app.task(name="add")
+    def add(x: Any, y: Any) -> Any:
+        seen.append((x, y))
+        return x + y
+
+    @app.task(name="total")
+    def total(values: Any) -> Any:
+        seen.append(values)
+        return sum(values)
+
+    @app.task(name="ident")
+    def ident(x: Any) -> Any:
+        return x
+
+    @app.task(name="boom")
+    def boom(*args: Any) -> Any:
+        raise ValueError("no")
+
+    @app.task(name="errback")
+    def errback(request: Any, exc: BaseException, traceback: Any) -> None:
+        seen.append((request.id, type(exc).__name__))
+
+    return SimpleNamespace(add=add, total=total, ident=ident, boom=boom, errback=errback, seen=seen)
+
+
+def test_a_chain_runs_here_and_its_result_walks_back(app: MiniQ, tasks: Any) -> None:
+    result = (tasks.add.s(1, 2) | tasks.add.s(3) | tasks.add.s(4)).apply()
+    assert isinstance(result, EagerResult)
+    assert (result.get(), result.parent.get(), result.parent.parent.get()) == (10, 6, 3)
+    assert result.parent.parent.parent is None
+    assert [child.get() for child in result.parent.parent.children] == [6]
+    assert [value for _, value in result.parent.parent.collect()] == [3, 6, 10]
+    assert nothing_was_sent(app)
+
+
+def test_a_long_chain_does_not_fill_the_stack(tasks: Any) -> None:
+    assert chain(tasks.ident.s(1), *[tasks.add.s(1)] * 400).apply().get() == 401
+
+
+def test_a_group_gives_its_values_in_order(tasks: Any) -> None:
+    result = group(tasks.add.s(i, i) for i in range(3)).apply()
+    assert isinstance(result, GroupResult)
+    assert all(isinstance(one, EagerResult) for one in result)
+    assert (result.get(), result.completed_count(), result.successful()) == ([0, 2, 4], 3, True)
+    assert group().apply().get() == []
+
+
+def test_chords_count_here(tasks: Any) -> None:
+    add, total, ident = tasks.add, tasks.total, tasks.ident
+    assert chord([add.s(i, i) for i in range(4)], total.s()).apply().get() == 12
+    assert (group(add.s(1, 1), add.s(2, 2)) | total.s() | add.s(10)).apply().get() == 16
+    nested = chord([add.s(1, 1) | add.s(2), ident.s(5) | group(add.s(5), add.s(6)), ident.s(0)], ident.s())
+    assert nested.apply().get() == [4, [10, 11], 0]
+    assert chord([], total.s()).apply().get() == 0
+    assert (add.s(1, 1) | group(add.s(1), add.s(2)) | total.s()).apply().get() == 7
+    assert [one.get() for one in chord([ident.s(1), ident.s(2)], total.s()).apply().parent] == [1, 2]
+
+
+def test_many_calls_of_one_task_run_here(tasks: Any) -> None:
+    assert tasks.add.starmap([(1, 2), (3, 4)]).apply().get() == [3, 7]
+    assert tasks.ident.map([1, 2]).apply().get() == [1, 2]
+    assert tasks.add.chunks([(i, i) for i in range(5)], 2).apply().get() == [[0, 2], [4, 6], [8]]
+
+
+def test_a_failed_step_ends_all_after_it(tasks: Any) -> None:
+    result = (tasks.boom.s() | tasks.add.s(1) | tasks.add.s(2)).on_error(tasks.errback.s()).apply()
+    assert [one.state for one in (result, result.parent, result.parent.parent)] == ["FAILURE"] * 3
+    assert tasks.seen == [(result.parent.parent.id, "ValueError")]
+    with pytest.raises(ValueError, match="no"):
+        result.get()
+
+
+def test_a_failed_member_fails_the_body_and_its_errback_runs_once(tasks: Any) -> None:
+    header = [tasks.boom.s(), tasks.ident.s(1), tasks.boom.s()]
+    result = chord(header, tasks.total.s().on_error(tasks.errback.s())).apply()
+    with pytest.raises(ChordError, match=r"Dependency .* raised ValueError\('no'\)"):
+        result.get()
+    assert tasks.seen == [(result.id, "ChordError")]
+    outer = chord([chord(header, tasks.total.s()), tasks.ident.s(1)], tasks.total.s()).apply()
+    assert (outer.state, outer.parent[0].state, outer.parent[1].state) == ("FAILURE", "FAILURE", "SUCCESS")
+
+
+def test_throw_ends_a_workflow_with_its_first_failure_and_its_errbacks(tasks: Any) -> None:
+    failing = tasks.boom.s().set(link_error=tasks.errback.s())
+    with pytest.raises(ValueError, match="no"):
+        chord([tasks.add.s(1, 1), failing, tasks.add.s(2, 2)], tasks.total.s()).apply(throw=True)
+    assert [seen for seen in tasks.seen if seen[1] != "ValueError"] == [(1, 1)]
+    assert len(tasks.seen) == 2
+    tasks.boom.app.conf.task_eager_propagates = True
+    with pytest.raises(ValueError, match="no"):
+        (tasks.boom.s() | tasks.add.s(1)).apply()
+
+
+def test_members_that_are_ignored_or_go_back_to_a_queue_fail_the_body(app: MiniQ, tasks: Any) -> None:
+    @app.task(name="away")
+    def away(error: str) -> None:
+        raise Ignore if error == "ignore" else Reject("later", requeue=error == "requeue")
+
+    for how in ("ignore", "reject", "requeue"):
+        with pytest.raises(ChordError):
+            chord([away.s(how), tasks.ident.s(1)], tasks.total.s()).apply().get()
+    assert tasks.seen == []
+
+
+def test_members_that_retry_count_once(app: MiniQ, tasks: Any) -> None:
+    @app.task(name="again", bind=True)
+    def again(self: Task, x: int) -> int:
+        if self.request.retries < 2:
+            raise self.retry(countdown=1000)
+        return x
+
+    assert chord([again.s(1), again.s(2)], tasks.total.s()).apply().get() == 3
+
+
+def test_a_task_is_replaced_wherever_it_stands(app: MiniQ, tasks: Any) -> None:
+    add, total, ident = tasks.add, tasks.total, tasks.ident
+
+    @app.task(name="replaced", bind=True)
+    def replaced(self: Task, kind: str) -> Any:
+        kinds: Any = {
+            "task": add.s(1, 2),
+            "chain": add.s(1, 2) | add.s(3),
+            "group": group(add.s(1, 2), add.s(3, 4)),
+            "chord": chord([add.s(1, 2), add.s(3, 4)], total.s()),
+        }
+        raise self.replace(kinds[kind])
+
+    for kind, value in {"task": 3, "chain": 6, "group": [3, 7], "chord": 10}.items():
+        result = replaced.apply((kind,), task_id=f"id-{kind}")
+        assert (result.id, result.state, result.get()) == (f"id-{kind}", "SUCCESS", value)
+        assert (replaced.s(kind) | ident.s() | ident.s()).apply().get() == value
+        assert chord([replaced.s(kind), ident.s(0)], ident.s()).apply().get() == [value, 0]
+        assert replaced.s(kind).apply(link=ident.s()).get() == value
+
+
+def test_a_member_adds_a_member(app: MiniQ, tasks: Any) -> None:
+    @app.task(name="adding", bind=True)
+    def adding(self: Task) -> int:
+        assert self.add_to_chord(tasks.ident.s(100)).get() == 100
+        return 1
+
+    @app.task(name="lazily", bind=True)
+    def lazily(self: Task) -> None:
+        self.add_to_chord(tasks.ident.s(100), lazy=True)
+
+    assert chord([adding.s(), tasks.ident.s(10)], tasks.total.s()).apply().get() == 111
+    with pytest.raises(ChordError, match="1 of 3 members did not end"):
+        chord([lazily.s(), tasks.ident.s(10)], tasks.total.s()).apply().get()
+
+
+def test_workflows_go_through_the_serializer_step_by_step(app: MiniQ, tasks: Any) -> None:
+    add, ident = tasks.add, tasks.ident
+    assert (ident.s((1, 2)) | ident.s()).apply().get() == [1, 2]
+    assert chord([ident.s((1,)), ident.s((2,))], ident.s()).apply().get() == [[1], [2]]
+    with pytest.raises(EncodeError, match=r"chain\[0\]: "):
+        (ident.s(object()) | add.s(1)).apply()
+    unsendable = app.task(name="unsendable")(lambda: object())
+    with pytest.raises(EncodeError):
+        (unsendable.s() | ident.s()).apply().get()
+    with pytest.raises(ChordError, match="EncodeError"):
+        chord([unsendable.s(), ident.s(1)], ident.s()).apply().get()
+    assert tasks.seen == []
+
+
+def test_unknown_tasks_in_a_workflow_are_refused_before_the_first_runs(app: MiniQ, tasks: Any) -> None:
+    with pytest.raises(NotRegistered, match=r"chain\[1\].*elsewhere.task"):
+        chain(tasks.add.s(1, 1), app.signature("elsewhere.task")).apply()
+    assert tasks.seen == []
+
+
+def test_stamps_reach_every_request(app: MiniQ, tasks: Any) -> None:
+    seen: List[Any] = []
+
+    @app.task(name="look", bind=True)
+    def look(self: Task, *args: Any) -> None:
+        seen.append((self.request.stamped_headers, self.request.stamps))
+
+    sig = look.s() | group(look.s(), look.s() | look.s())
+    sig.stamp(tenant="acme")
+    sig.apply()
+    assert seen == [(["tenant"], {"tenant": "acme"})] * 4
+
+
+def test_workflows_are_eager_under_the_setting(eager: MiniQ, tasks: Any) -> None:
+    add, total = tasks.add, tasks.total
+    result = chord([add.s(1, 1), add.s(2, 2)])(total.s())
+    assert isinstance(result, EagerResult)
+    assert result.get() == 6
+    assert ~(add.s(1, 1) | add.s(1)) == 3
+    assert group(add.s(1, 1)).delay().get() == [2]
+    link = group(tasks.ident.s(), tasks.ident.s()) | total.s()
+    assert add.apply_async((1, 1), link=link).children[0].get() == 4
+    assert nothing_was_sent(eager)
+
+
+def test_results_of_workflows_are_stored_when_told_so(eager: MiniQ, tasks: Any) -> None:
+    eager.conf.task_store_eager_result = True
+    result = chord([tasks.boom.s(), tasks.ident.s(1)], tasks.total.s()).apply_async()
+    stored = [eager.AsyncResult(one) for one in (result.id, result.parent[0].id, result.parent[1].id)]
+    assert [one.state for one in stored] == ["FAILURE", "FAILURE", "SUCCESS"]
 
 
 # -- coroutines ------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def plan_of(names: Dict[str, Any], text: str, polled: bool = False) -> Plan:
 
     app = names["app"]
     app.send_plan, app._send = send_plan, send
-    app.conf.result_backend = "rpc://" if polled else "redis://localhost/0"
+    app.conf.result_backend = "file:///nowhere" if polled else "redis://localhost/0"
     exec(text.partition(" with a database")[0], names)
     (found,) = plans
     return found

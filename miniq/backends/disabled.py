@@ -11,6 +11,7 @@ from .base import Backend, StoredResult
 class DisabledBackend(Backend):
     """Stores nothing, finds nothing."""
 
+    is_shared = False
     enabled = False
     keeps_no_groups = "no result backend is configured"
 

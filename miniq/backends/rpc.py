@@ -57,6 +57,7 @@ class RpcBackend(Backend):
     `result_persistent`, whether replies outlive the broker.
     """
 
+    is_shared = False
     push_waits = True
     keeps_no_groups = "rpc:// sends each result to who asked for it and keeps nothing"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any, Callable, List, Protocol
+from typing import Any, Callable, List, Optional, Protocol, Set
 
 from ..backends.base import Backend, ChordPart, ClaimLost, StoredResult
 from ..chords import body_of, decode_body
@@ -40,18 +40,24 @@ class Chords:
         self.runner = runner
         #: By it the store knows this worker again: a turn that is repeated has the claims of the first try.
         self._token = os.urandom(8).hex()
+        #: Where several members come in one batch, again or twice, each of them is told of the claim.
+        self._batch: Optional[Collecting] = None
+        self._ended: Set[str] = set()
 
     def arrive(self, parts: List[Part], backend: Backend, batch: Collecting) -> None:
         """Count members; add to `batch` what follows from chords which are complete by that.
 
         The failure of a body may be the end of a member of another chord: that is counted too.
         """
+        if batch is not self._batch:
+            self._batch, self._ended = batch, set()
         waiting = [ChordPart(*part, self._token) for part in parts if part[0]]
         while waiting and backend.counts_chords:
             arrivals = backend.arrive_at_chords(waiting)
             ended: List[Part] = []
             for part, arrival in zip(waiting, arrivals):
-                if arrival.claim is not None:
+                if arrival.claim is not None and part.group_id not in self._ended:
+                    self._ended.add(part.group_id)
                     ended += self._end(part.group_id, part.task_id, part.body, arrival.claim, backend, batch)
             waiting = [ChordPart(*part, self._token) for part in ended if part[0]]
 

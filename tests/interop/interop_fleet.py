@@ -24,6 +24,16 @@ HERE = Path(__file__).parent
 STORES = ("redis", "amqp+redis", "amqp+rpc")
 #: caller, worker
 PAIRS = (("celery", "celery"), ("celery", "miniq"), ("miniq", "celery"))
+#: caller, worker of the first step, worker of the next one: both kinds take part in each but the first.
+CROSSINGS = (
+    ("celery", "celery", "celery"),
+    ("celery", "celery", "miniq"),
+    ("celery", "miniq", "celery"),
+    ("miniq", "celery", "miniq"),
+    ("miniq", "miniq", "celery"),
+    ("celery", "miniq", "miniq"),
+    ("miniq", "celery", "celery"),
+)
 #: Seconds; generous, nothing waits for them to pass.
 TIMEOUT_S = 30.0
 #: Seconds that a worker's hold on a message lasts unless renewed; short, so that a failure shows.
@@ -61,12 +71,13 @@ class Worker(Program):
 
 
 class Side:
-    """A caller of one kind: its app, and its exceptions under the names both have."""
+    """A caller of one kind: its app, and its exceptions and workflows under the names both have."""
 
-    def __init__(self, kind: str, app: Any, exceptions: Any) -> None:
+    def __init__(self, kind: str, app: Any) -> None:
         self.kind = kind
         self.app = app
-        self.exceptions = exceptions
+        self.exceptions = importlib.import_module(f"{kind}.exceptions")
+        self.canvas = importlib.import_module(f"{kind}.canvas")
 
     def call(self, name: str, *args: Any, kwargs: Optional[Dict[str, Any]] = None, **options: Any) -> Any:
         """Send ``interop.name``; return its result object."""
@@ -134,10 +145,16 @@ class Fleet:
         if found is None:
             # Not at the top: without Celery this file must be importable.
             apps = importlib.import_module(f"{kind}_app")
-            exceptions = importlib.import_module(f"{kind}.exceptions")
             app = apps.make(**settings(*self.urls(space), **more))
-            found = self._sides[kind, space] = Side(kind, app, exceptions)
+            found = self._sides[kind, space] = Side(kind, app)
         return found
+
+    def pair(self, crossing: Tuple[str, str, str]) -> "Pair":
+        """Return one of `CROSSINGS`, whose workers are ready."""
+        caller, worker, other = crossing
+        for kind in {worker, other}:
+            self.workers[kind].wait_ready()
+        return Pair(self, self.side(caller), worker, f"to_{worker}", other, f"to_{other}")
 
     def stop(self) -> List[str]:
         """End workers and callers; return what there is to complain about."""
@@ -241,6 +258,14 @@ class Pair(NamedTuple):
         """Send a task to the worker."""
         return self.client.call(name, *args, queue=self.queue, **options)
 
+    def here(self, name: str, *args: Any, **options: Any) -> Any:
+        """Return a signature for the worker."""
+        return self.client.sig(name, *args, **options).set(queue=self.queue)
+
+    def there(self, name: str, *args: Any, **options: Any) -> Any:
+        """Return a signature for the other worker."""
+        return self.client.sig(name, *args, **options).set(queue=self.other_queue)
+
     def started(self, key: str, count: int = 1) -> List[List[Any]]:
         """Wait until the journal has `count` lines under `key`; return them."""
         return wait_until(
@@ -320,8 +345,8 @@ def new_key() -> str:
 
 
 def get(result: Any) -> Any:
-    """Wait for a result, with a deadline."""
-    return result.get(timeout=TIMEOUT_S)
+    """Wait for a result, with a deadline; Celery looks at the members of a group once in an interval."""
+    return result.get(timeout=TIMEOUT_S, interval=0.02)
 
 
 def error_of(result: Any) -> BaseException:

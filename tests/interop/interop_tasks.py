@@ -29,6 +29,8 @@ def settings(broker: str, backend: str, **more: Any) -> Dict[str, Any]:
         "result_backend": backend,
         "task_track_started": True,
         "accept_content": ["json", "pickle"],
+        # Sent without a queue, to make one value of a group's.
+        "task_routes": {"celery.accumulate": {"queue": "both"}},
         **more,
     }
 
@@ -94,6 +96,12 @@ def define(app: Any, kind: str) -> Any:
     @task
     def who(value: Any) -> Any:
         return [kind, value]
+
+    @task
+    def collect(values: Any, key: str) -> Any:
+        """End a chord: note that it ran, and with what."""
+        note_line(key, values)
+        return [kind, values]
 
     @task
     def note(key: str, word: Any = None) -> None:
@@ -168,6 +176,31 @@ def define(app: Any, kind: str) -> Any:
     def parent(self: Any, key: str, queue: str) -> str:
         """Send a task from inside a task, to a worker of the other kind."""
         return str(app.tasks["interop.who"].apply_async((key,), queue=queue).id)
+
+    @bound
+    def place(self: Any, *args: Any) -> Dict[str, Any]:
+        """Return what a message says about its place in a workflow."""
+        request = self.request
+        return {
+            "id": request.id,
+            "root_id": request.root_id,
+            "parent_id": request.parent_id,
+            "group": request.group,
+            "group_index": request.group_index,
+            "stamps": {key: request.stamps[key] for key in request.stamped_headers or ()},
+            "nesting": request.replaced_task_nesting,
+        }
+
+    @bound
+    def instead(self: Any, sig: Any) -> Any:
+        """Have a signature run in the place of this task."""
+        raise self.replace(app.signature(sig))
+
+    @bound
+    def one_more(self: Any, sig: Any) -> Any:
+        """Add a member to the chord that this task is in."""
+        self.add_to_chord(app.signature(sig))
+        return kind
 
     def hold(key: str) -> str:
         note_line(key)

@@ -20,9 +20,9 @@ from miniq import MiniQ
 IMPATIENT: Dict[str, Any] = {
     "broker_transport_options": {"heartbeat": 3} if FULL else {"heartbeat": 1, "socket_timeout": 0.5}
 }
-#: Seconds within which it is noticed.  Without such settings a worker needs as long: it asks what has been
-#: silent for 5 s, looks every 2 s, waits 5 s for the answer, and asks for its other connection.
-NOTICE_S = 15.0
+#: Seconds within which it is noticed.  Without such settings a worker may need some more: it asks what has
+#: been silent for 5 s, looks every 2 s, and waits 5 s for the answer, and a moment for its other connections.
+NOTICE_S, USUAL_NOTICE_S = 15.0, 18.0
 #: What is not a queue of tasks: a stream keeps what was read.
 NOTES = "_miniq.notes"
 

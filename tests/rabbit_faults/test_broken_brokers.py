@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict
 
 import pytest
 from faults import FULL, Sender, rounds, when_full
-from rabbit_fleet import IMPATIENT, NOTICE_S, Fleet
+from rabbit_fleet import IMPATIENT, NOTICE_S, USUAL_NOTICE_S, Fleet
 from waiting import wait_until
 
 
@@ -95,6 +95,8 @@ def test_nothing_is_lost_while_tasks_are_sent_and_run(
         accepted += len(sender.accepted)
         refused += len(sender.refused)
     fleet.check_no_growth()
+    if fault in (black_hole, kill):
+        fleet.check_hears_commands(20.0)
     fleet.check_no_leftovers()
     assert not fleet.doubles(), f"{fleet.doubles()}: {fleet}"
     tell(
@@ -103,11 +105,8 @@ def test_nothing_is_lost_while_tasks_are_sent_and_run(
     )
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [one if one is black_hole else pytest.param(one, marks=when_full) for one in FAULTS],
-    ids=[one.__name__ for one in FAULTS],
-)
+@each_fault
+@when_full
 def test_idle_worker_takes_what_comes_after_the_fault(
     new_fleet: Callable[..., Fleet], fault: Callable[[Fleet], None], tell: Callable[[str], None]
 ) -> None:
@@ -144,7 +143,7 @@ def test_worker_with_the_usual_heartbeats_takes_what_comes_later(
         with Sender(fleet, pause_s=0.1, retry=False) as sender:
             wait_until(
                 lambda before=before: fleet.ran() > before,  # type: ignore[misc]
-                NOTICE_S,
+                USUAL_NOTICE_S,
                 lambda: f"a task runs again: {fleet}",
             )
             longest_s = max(longest_s, time.monotonic() - began_mono)

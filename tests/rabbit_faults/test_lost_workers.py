@@ -17,7 +17,7 @@ from workers import WorkerProcess
 from miniq.exceptions import WorkerLostError
 
 
-@pytest.mark.parametrize("kill", [kill_tree, kill_parent], ids=["tree", "parent"])
+@pytest.mark.parametrize("kill", [kill_tree, pytest.param(kill_parent, marks=when_full)])
 def test_late_tasks_of_a_killed_worker_soon_run_elsewhere_and_early_ones_once(
     new_fleet: Callable[..., Fleet], kill: Callable[[WorkerProcess], None], tell: Callable[[str], None]
 ) -> None:
@@ -128,7 +128,8 @@ def kill_worker(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [cut, kill_worker, pytest.param(kill, marks=when_full)], ids=lambda fault: fault.__name__
+    "fault",
+    [kill_worker, pytest.param(cut, marks=when_full), pytest.param(kill, marks=when_full)],
 )
 def test_two_workers_lose_nothing(
     new_fleet: Callable[..., Fleet],
