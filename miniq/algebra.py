@@ -83,9 +83,19 @@ def made_chord(header: Any, body: Any, options: Optional[Dict[str, Any]] = None)
     return made("celery.chord", (), kwargs, options or {}, "chord")
 
 
-def gathered() -> Sig:
-    """Return the signature of the task that makes one value of a group's."""
-    return made(GATHERED, (), {"index": 0}, {})
+def gathered(like: Mapping[str, Any]) -> Sig:
+    """Return the signature of the task that makes one value of a group's.
+
+    It goes where the first task of `like` goes: somebody consumes there.
+    """
+    first: Optional[Mapping[str, Any]] = like
+    while first is not None and kind_of(first) is not None:
+        kwargs = first["kwargs"]
+        inner = kwargs["header"] if kind_of(first) == "chord" else kwargs["tasks"]
+        first = inner if isinstance(inner, dict) else (inner or [None])[0]
+    options = (first or {}).get("options") or {}
+    place = {key: options[key] for key in _PLACE if options.get(key) is not None}
+    return made(GATHERED, (), {"index": 0}, place)
 
 
 def as_group(sig: Any) -> Any:
@@ -99,6 +109,10 @@ def as_group(sig: Any) -> Any:
         made("celery.starmap", (), {"task": kwargs["task"], "it": part}, {}, immutable=True) for part in parts
     ]
     return made_group(members, dict(options_of(sig)))
+
+
+#: Options that say where a message goes.
+_PLACE = ("queue", "exchange", "routing_key", "priority")
 
 
 def as_list(value: Any) -> List[Any]:

@@ -252,7 +252,7 @@ def ending_in_one(sig: Sig) -> Sig:
     sig = as_group(sig)
     kind = kind_of(sig)
     if kind == "group":
-        return chord_of(sig, gathered())
+        return chord_of(sig, gathered(sig))
     if kind == "chord":
         body = ending_in_one(sig["kwargs"]["body"])
         return {**sig, "kwargs": {**sig["kwargs"], "body": body}}

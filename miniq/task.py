@@ -574,10 +574,10 @@ class Task:
             raise RuntimeError(f"task {self.name}: replace() is for runs in a worker, this was a plain call")
         instead: Dict[str, Any] = signature(sig, app=self.app)
         if kind_of(instead) == "group":
-            instead = made_chord(instead, gathered())
+            instead = made_chord(instead, gathered(instead))
         elif last_task(instead) is None:
             # It ends in a group, and what it stands for has one value.
-            instead = joined([instead, gathered()])
+            instead = joined([instead, gathered(instead)])
         nesting = (request.replaced_task_nesting or 0) + 1
         rest = [_nested_deeper(step, nesting) for step in request.chain or ()]
         options = {

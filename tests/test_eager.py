@@ -284,8 +284,8 @@ def tasks(app: MiniQ) -> SimpleNamespace:
 
 
 def test_a_chain_runs_here_and_its_result_walks_back(app: MiniQ, tasks: Any) -> None:
-    result = (tasks.add.s(1, 2) | tasks.add.s(3) | tasks.add.s(4)).apply()
-    assert isinstance(result, EagerResult)
+    result: Any = (tasks.add.s(1, 2) | tasks.add.s(3) | tasks.add.s(4)).apply()
+    assert type(result) is EagerResult
     assert (result.get(), result.parent.get(), result.parent.parent.get()) == (10, 6, 3)
     assert result.parent.parent.parent is None
     assert [child.get() for child in result.parent.parent.children] == [6]

@@ -158,7 +158,7 @@ class AmqpTransport(Transport):
                 }  # fmt: skip
             letter = DeadLetter(
                 str(told.get("id", "")), str(told.get("queue", "")), str(told.get("reason", "")),
-                float(told.get("at") or 0.0), message,
+                _moment(told.get("at")), message,
             )  # fmt: skip
             yield found.delivery_tag, letter
 
@@ -193,6 +193,13 @@ class AmqpTransport(Transport):
             consumer.close()
         self.link.declared.clear()
         self.link.waiting.forget()
+
+
+def _moment(value: Any) -> float:
+    try:
+        return float(value or 0.0)
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def _died_at(added: Mapping[str, Any]) -> float:

@@ -73,10 +73,11 @@ class Stage:
         app, seen, tasks = self.app, self.seen, self.tasks
 
         def task(fun: Any = None, **options: Any) -> Any:
-            if fun is None:
-                return lambda fun: task(fun, **options)
-            setattr(tasks, fun.__name__, app.task(name=fun.__name__, **options)(fun))
-            return getattr(tasks, fun.__name__)
+            def add(fun: Any) -> Any:
+                setattr(tasks, fun.__name__, app.task(name=fun.__name__, **options)(fun))
+                return getattr(tasks, fun.__name__)
+
+            return add if fun is None else add(fun)
 
         @task
         def add(x: Any, y: Any) -> Any:

@@ -303,6 +303,16 @@ def test_a_store_that_cannot_count_is_asked_by_a_task_and_the_chord_ends_all_the
     assert sorted(stage.seen) == [("errback", bad.id, "ChordError"), ("total", [1, 2])]
 
 
+@pytest.mark.parametrize("stage", ["rabbit+rpc"], indirect=True)
+def test_a_chord_is_refused_where_workers_cannot_read_results(stage: Stage) -> None:
+    sig = chord([stage.tasks.ident.s(1), stage.tasks.ident.s(2)], stage.tasks.total.s())
+    with pytest.raises(ImproperlyConfigured, match="set result_backend"):
+        sig.apply_async()
+    with stage.worker():
+        sent_by_a_task = (stage.tasks.ident.s(1) | group(stage.tasks.ident.s(), stage.tasks.ident.s())).clone()
+        assert sent_by_a_task.apply_async().get(timeout=TIMEOUT_S) == [1, 1]
+
+
 # -- failures in headers ---------------------------------------------------------------------------
 
 
@@ -551,9 +561,9 @@ def test_a_workflow_that_cannot_be_sent_is_refused_before_its_first_message(
 
 def test_what_is_no_signature_is_refused_where_it_is_written(stage: Stage) -> None:
     add = stage.tasks.add
-    for make in (lambda: chain(add.s(1, 1), 5), lambda: group(add), lambda: chord([add.s(1), None], add.s())):
+    for kind, parts in ((chain, (add.s(1, 1), 5)), (group, (add,)), (chord, ([add.s(1), None], add.s()))):
         with pytest.raises(TypeError, match="no signature"):
-            make()
+            kind(*parts)
     with pytest.raises(TypeError):
         add.s(1) | 5
 
