@@ -80,9 +80,7 @@ def test_plug_in_points_that_are_not_there_are_refused(argument: str) -> None:
     make("proj", **{argument: None})
 
 
-@pytest.mark.parametrize(
-    "name", ["add_periodic_task", "setup_security", "events", "amqp", "steps"]
-)
+@pytest.mark.parametrize("name", ["add_periodic_task", "setup_security", "events", "amqp", "steps"])
 def test_what_is_not_built_says_so(app: MiniQ, name: str) -> None:
     with pytest.raises(AttributeError, match=f"'{name}': Celery has it, this version of miniq does not"):
         getattr(app, name)

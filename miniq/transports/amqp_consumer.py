@@ -394,7 +394,9 @@ class AmqpConsumer(Consumer):
             exchange, routing_key = "", subscription.queue.name
         delivery = Delivery(message, None, subscription.queue.name, exchange, routing_key)
         held = Held(self, event.delivery_tag, self._epoch, subscription, delivery)
-        held.key = (subscription.queue.name, name, retries, counted, str(copy))
+        # What a task was replaced by has its id, and is another message.
+        which = f"{copy}/{headers.get('replaced_task_nesting') or 0}"
+        held.key = (subscription.queue.name, name, retries, counted, which)
         held.returns = redeliveries(added)
         held.due = until if isinstance(until, (int, float)) else 0.0
         if event.redelivered:
