@@ -809,6 +809,9 @@ class AmqpConsumer(Consumer):
         if self._deleted:
             self._declare_again(self._connected())
             self._keep_used()
+        if self.notes is not None and self.notes.is_lost and self._connection is not None:
+            self._link.forget_notes()
+            self.notes.attach(self._connection, partial(self._link.note, at_once=True))
         mono = monotonic()
         idle_since = self._satisfied_mono or self._arrived_mono
         if idle_since and mono - idle_since > LINGER_S:

@@ -400,6 +400,10 @@ class Link:
             if consumer.notes is not None:
                 consumer.notes.revoke(task_ids, until)
 
+    def forget_notes(self) -> None:
+        """The stream of notes was deleted: it is declared again before the next one."""
+        self._has_notes = False
+
     def note(self, body: bytes, at_once: bool = False) -> None:
         """Write into the notes, if there are any; `at_once`, whatever is open."""
         if not (self._has_notes or self._has_no_notes):

@@ -24,7 +24,7 @@ import os
 from time import monotonic
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from ..codecs.amqp import ChannelClosed, Deliver
+from ..codecs.amqp import Cancelled, ChannelClosed, Deliver
 from ..connections.amqp import Channel, ChannelError, Connection
 from ..exceptions import OperationalError
 
@@ -79,6 +79,8 @@ class Notes:
         self.starts: Dict[Start, int] = {}
         self.enabled = True
         self._wall = wall
+        #: It was deleted, and is to be attached again.
+        self.is_lost = False
         self._channel: Optional[Channel] = None
         self._next_offset = 0
         self._mark = ""
@@ -89,7 +91,10 @@ class Notes:
 
         `write` writes a note, over another connection.
         """
+        if self._channel is not None and self._channel.connection is connection:
+            self._channel.close()
         self._channel = None
+        self.is_lost = False
         if not self.enabled:
             return
         try:
@@ -138,6 +143,11 @@ class Notes:
         elif isinstance(event, ChannelClosed):
             logger.warning("the notes of other workers cannot be read any more: %s", event.text)
             self._channel = None
+        elif isinstance(event, Cancelled):
+            logger.warning("the notes of workers (queue %s) were deleted; they begin anew", STREAM)
+            self.starts.clear()
+            self._next_offset = 0
+            self.is_lost = True
 
     def _take(self, body: bytes) -> None:
         try:
