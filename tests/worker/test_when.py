@@ -131,7 +131,7 @@ def test_ignored_and_rejected_tasks(worker_process: Any, client: Any, lines: Any
 
 
 def test_revoked_before_any_worker_and_while_waiting(worker_process: Any, client: Any, lines: Any) -> None:
-    early, waiting = client.send("mark", "early"), client.send("mark", "waiting", countdown=0.5)
+    early, waiting = client.send("mark", "early"), client.send("mark", "waiting", countdown=4)
     control = client.app.control
     control.revoke(early.id)
     assert early.state == states.REVOKED
