@@ -69,30 +69,32 @@ def chord_unlock(
     found = app.backend.fetch(ids)
     metas = {task_id: read_meta(stored, app.result_accept) for task_id, stored in found.items()}
     waiting = [task_id for task_id in ids if metas.get(task_id, {}).get("status") not in states.READY_STATES]
-    retries = self.request.retries or 0
-    first_s = interval or app.conf.result_chord_retry_interval
-    pause_s = min(first_s * 1.2 ** min(retries, 50), max(first_s, LONGEST_LOOK_S))
-    patience = app.chord_expires_s
-    waited_s = sum(min(first_s * 1.2 ** min(n, 50), LONGEST_LOOK_S) for n in range(min(retries, 2000)))
-    entries: List[bytes] = []
-    for task_id in ids:
-        if task_id in waiting:
-            continue
-        meta = metas[task_id]
-        entries.append(dumps([1, task_id, meta["status"], meta["result"]], app.conf.result_serializer)[2])
     if waiting:
+        retries = self.request.retries or 0
+        first_s = interval or app.conf.result_chord_retry_interval
+        patience = app.chord_expires_s
         given_up = (max_retries is not None and retries >= max_retries) or (
-            patience is not None and waited_s > patience
+            patience is not None and sum(_pause_s(first_s, n) for n in range(min(retries, 2000))) > patience
         )
         if not given_up:
-            raise self.retry(countdown=pause_s)
+            raise self.retry(countdown=_pause_s(first_s, retries))
         error = ChordError(f"{len(waiting)} members did not end in time")
         context = Context(id=group_id, hostname=self.request.hostname)
         ends = failure_of(app, app.runner, context, callback, error)
     else:
+        kind = app.conf.result_serializer
+        entries = [
+            dumps([1, task_id, metas[task_id]["status"], metas[task_id]["result"]], kind)[2]
+            for task_id in ids
+        ]
         ends = body_of(app, app.runner, group_id, None, callback, entries)
     own: Ends = self.request.ends
     own.followups += ends.followups
     own.starts += ends.starts
     own.results += ends.results
     own.parts += ends.parts
+
+
+def _pause_s(first_s: float, looks: int) -> float:
+    """Return the seconds until the next look after so many; they grow up to the longest."""
+    return min(first_s * 1.2 ** min(looks, 50), max(first_s, LONGEST_LOOK_S))

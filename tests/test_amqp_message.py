@@ -15,12 +15,13 @@ from miniq.codecs.amqp import Content
 from miniq.codecs.amqp_wire import PROPERTY_NAMES, decode_header, encode_header
 from miniq.message import Delivery, Message, validate_headers
 from miniq.transports.amqp_message import (
+    COPY,
     STARTS,
+    UNTIL,
     as_plain,
     from_content,
-    redeliveries,
     take_added,
-    take_starts,
+    take_marks,
     to_content,
 )
 
@@ -136,15 +137,22 @@ def test_a_value_that_is_json_stays_as_it_is() -> None:
 def test_a_count_of_starts_travels_in_a_header_and_is_taken_off(starts: int) -> None:
     arrived = through_the_codec(make_message(), starts)
     assert (STARTS in arrived.headers) == (starts > 0)
-    assert take_starts(arrived.headers) == starts
+    assert take_marks(arrived.headers).starts == starts
     assert arrived.headers == HEADERS
 
 
 @pytest.mark.parametrize("value", [-1, True, "3", None, 2.0, [1]])
 def test_a_count_that_is_none_is_0_and_taken_off_too(value: Any) -> None:
     headers = {**HEADERS, STARTS: value}
-    assert take_starts(headers) == 0
+    assert take_marks(headers).starts == 0
     assert headers == HEADERS
+
+
+def test_the_marks_of_a_copy_are_taken_off() -> None:
+    headers = {**HEADERS, COPY: "a1", UNTIL: 12.5, "CC": ["another"]}
+    assert take_marks(headers) == (0, "a1", 12.5, {"CC": ["another"]})
+    assert headers == HEADERS
+    assert take_marks({UNTIL: "soon"}) == take_marks({}) == (0, "", 0.0, {})
 
 
 def test_what_the_broker_added_is_taken_off() -> None:
@@ -163,13 +171,7 @@ def test_what_the_broker_added_is_taken_off() -> None:
     headers = {**added, **HEADERS, "x-tenant": "acme"}
     assert take_added(headers) == added
     assert headers == {**HEADERS, "x-tenant": "acme"}
-    assert redeliveries(added) == 3
     assert take_added(headers) == {}
-
-
-@pytest.mark.parametrize("added", [{}, {"x-delivery-count": "2"}, {"x-delivery-count": -1}])
-def test_a_count_of_redeliveries_that_is_none_is_0(added: Dict[str, Any]) -> None:
-    assert redeliveries(added) == 0
 
 
 def test_a_delivery_of_a_message_shows_the_priority_it_was_sent_with() -> None:

@@ -241,6 +241,7 @@ def test_killed_rabbit_has_its_queues_and_port_again(new_rabbit: Callable[..., R
     server.raise_memory_alarm()
     assert "memory" in str(server.alarms())
     server.clear_memory_alarm()
+    server.keep_declarations()
     server.pause()
     server.kill()
     assert not is_alive(pid)

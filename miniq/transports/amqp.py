@@ -27,8 +27,8 @@ from ..routing import Queue
 from ..times import to_epoch
 from . import amqp_notes
 from .amqp_consumer import AmqpConsumer
-from .amqp_link import COPY, DEAD_HEADER, UNTIL, Item, Link
-from .amqp_message import from_content, take_added, take_starts, to_content
+from .amqp_link import DEAD_HEADER, Item, Link
+from .amqp_message import COPY, from_content, take_marks, to_content
 from .amqp_topology import refused
 from .amqp_waiting import DEAD, declare_dead
 from .base import DeadLetter, Publication, QueueSize, Transport, due_at
@@ -145,10 +145,7 @@ class AmqpTransport(Transport):
                 return
             message = from_content(found.content)
             told = message.headers.pop(DEAD_HEADER, None)
-            take_starts(message.headers)
-            message.headers.pop(COPY, None)
-            message.headers.pop(UNTIL, None)
-            added = take_added(message.headers)
+            added = take_marks(message.headers).added
             if not isinstance(told, dict):
                 # By the server itself.
                 told = {

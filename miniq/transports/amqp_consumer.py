@@ -12,7 +12,7 @@ remembered by queue, id and retries: when the server hands it out again, and her
 run.  What had been acknowledged a moment before may come again too, and is acknowledged again.
 
 A message that is due soon is held here; the others go to a queue in which they wait (see
-`amqp_delays`), and only when the server has them there is the original acknowledged.
+`amqp_delay`), and only when the server has them there is the original acknowledged.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ..message import Delivery, Message
 from ..routing import Queue
 from . import amqp_notes
 from .amqp_delay import is_native
-from .amqp_link import COPY, UNTIL, Held, Key, Link, Subscription
-from .amqp_message import from_content, redeliveries, take_added, take_starts
+from .amqp_link import Held, Key, Link, Subscription
+from .amqp_message import from_content, take_marks
 from .amqp_topology import declare_queue, goes_unused
 from .base import Consumer, NotOurs, due_at, pause_after_loss_s
 
@@ -61,6 +61,7 @@ FAR_PAUSE_S = 20.0
 #: An acknowledgement may be lost with its connection for so long, and the message come again so much
 #: later; so many are remembered at most.
 DOUBT_S, DOUBTED_S, MOST_DOUBTED = 30.0, 600.0, 20_000
+
 
 class AmqpConsumer(Consumer):
     """A worker's share of a RabbitMQ server."""
@@ -378,11 +379,9 @@ class AmqpConsumer(Consumer):
 
     def _open(self, event: Deliver, subscription: Subscription) -> Held:
         message = from_content(event.content)
-        starts = counted = take_starts(message.headers)
-        copy = message.headers.pop(COPY, "")
-        until = message.headers.pop(UNTIL, None)
-        added = take_added(message.headers)
         headers = message.headers
+        marks = take_marks(headers)
+        starts = counted = marks.starts
         name, retries = headers.get("id"), headers.get("retries")
         if type(name) is not str:
             # As in protocol 1, or from a stranger; without a name nothing is taken for it.
@@ -395,10 +394,9 @@ class AmqpConsumer(Consumer):
         delivery = Delivery(message, None, subscription.queue.name, exchange, routing_key)
         held = Held(self, event.delivery_tag, self._epoch, subscription, delivery)
         # What a task was replaced by has its id, and is another message.
-        which = f"{copy}/{headers.get('replaced_task_nesting') or 0}"
+        which = f"{marks.copy}/{headers.get('replaced_task_nesting') or 0}"
         held.key = (subscription.queue.name, name, retries, counted, which)
-        held.returns = redeliveries(added)
-        held.due = until if isinstance(until, (int, float)) else 0.0
+        held.due = marks.until
         if event.redelivered:
             if self.notes is not None and self.notes.starts:
                 starts += max(self.notes.starts.get(held.key, 0) - self._void.get(held.key, 0), 0)

@@ -20,7 +20,7 @@ from ..message import Delivery, Message
 from ..routing import Exchange, Queue
 from ..text import truncate
 from . import amqp_notes
-from .amqp_message import to_content
+from .amqp_message import COPY, UNTIL, to_content
 from .amqp_topology import (
     CELERYS_OWN,
     declare_exchange,
@@ -36,10 +36,6 @@ from .base import due_at, what_is_unroutable
 
 logger = logging.getLogger(__name__)
 
-#: The header by which a message that was published again is told from the one whose place it takes.
-COPY = "x-miniq-copy"
-#: The header that says when a copy is due (epoch seconds), where its eta does not.
-UNTIL = "x-miniq-until"
 #: Exchanges of queues in which messages wait to be due.
 WAITING_ROOMS = ("_miniq.delay", "celery_delayed_")
 #: The header that says why a message was set aside, and the longest reason.
@@ -59,7 +55,7 @@ class Held:
 
     __slots__ = (
         "consumer", "tag", "epoch", "subscription", "queue", "delivery", "key", "starts", "state",
-        "handed_out", "started", "noted", "acked", "doubted", "due", "returns",
+        "handed_out", "started", "noted", "acked", "doubted", "due",
     )  # fmt: skip
 
     HERE, ENDING, GONE = range(3)
@@ -93,8 +89,6 @@ class Held:
         #: Its end was told to the server in a step whose transaction failed.
         self.doubted = False
         self.due = 0.0
-        #: How often a quorum queue says that it came back.
-        self.returns = 0
 
 
 class Subscription:

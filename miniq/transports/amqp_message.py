@@ -16,7 +16,7 @@ distribution.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, NamedTuple, Tuple
 
 from ..codecs.amqp import Content
 from ..codecs.amqp_wire import PROPERTY_NAMES
@@ -24,6 +24,10 @@ from ..message import Message
 
 #: Header of a message that was started before: how often.
 STARTS = "x-miniq-starts"
+#: The header by which a message that was published again is told from the one whose place it takes.
+COPY = "x-miniq-copy"
+#: The header that says when a copy is due (epoch seconds), where its eta does not.
+UNTIL = "x-miniq-until"
 
 #: Headers that are the broker's, or meant for it.  Published again they do harm: it drops what died in
 #: the same queue before (x-death), goes on counting (x-delivery-count), sends copies (CC, BCC).
@@ -60,7 +64,7 @@ def to_content(message: Message, starts: int = 0) -> Tuple[Dict[str, Any], Dict[
 def from_content(content: Content) -> Message:
     """Return the message in a content, whose dicts it takes over.
 
-    The headers are complete: take off what is not the sender's with `take_starts` and `take_added`.
+    The headers are complete: take off what is not the sender's with `take_marks`.
     """
     properties, headers, body = content
     for name, value in headers.items():
@@ -87,10 +91,28 @@ def as_plain(value: Any) -> Any:
 # -- headers that are not the sender's -----------------------------------------------------------
 
 
-def take_starts(headers: Dict[str, Any]) -> int:
-    """Take off the note how often a message was started before and return it, 0 where there is none."""
-    starts = headers.pop(STARTS, 0)
-    return starts if type(starts) is int and starts > 0 else 0
+class Marks(NamedTuple):
+    """What the headers of a message say that is not its sender's."""
+
+    #: How often it was started before.
+    starts: int
+    #: Names the copy that was published in the place of a message; "" is the message itself.
+    copy: str
+    #: Epoch seconds before which a copy is not due.
+    until: float
+    #: Headers that are the broker's, or meant for it.
+    added: Dict[str, Any]
+
+
+def take_marks(headers: Dict[str, Any]) -> Marks:
+    """Take off the headers that are not the sender's, and return what they say."""
+    starts, until = headers.pop(STARTS, 0), headers.pop(UNTIL, 0.0)
+    return Marks(
+        starts if type(starts) is int and starts > 0 else 0,
+        str(headers.pop(COPY, "")),
+        until if isinstance(until, (int, float)) else 0.0,
+        take_added(headers),
+    )
 
 
 def take_added(headers: Dict[str, Any]) -> Dict[str, Any]:
@@ -98,9 +120,3 @@ def take_added(headers: Dict[str, Any]) -> Dict[str, Any]:
     if ADDED.isdisjoint(headers):
         return {}
     return {name: headers.pop(name) for name in ADDED.intersection(headers)}
-
-
-def redeliveries(added: Dict[str, Any]) -> int:
-    """Return how often a quorum queue got the message back, by what `take_added` returned."""
-    count = added.get("x-delivery-count")
-    return count if type(count) is int and count > 0 else 0

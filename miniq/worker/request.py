@@ -24,6 +24,19 @@ logger = get_logger(__name__)
 ENOUGH_RUNS, QUICK_S = 32, 0.001
 
 
+def run_of(delivery: Delivery) -> Run:
+    """Return what runs a delivery: its message, and how it came."""
+    message = delivery.message
+    return Run(
+        message.body,
+        message.content_type,
+        message.content_encoding,
+        message.headers,
+        message.properties,
+        delivery.info,
+    )
+
+
 class TaskPolicy:
     """What the worker does with messages of one task; read from task and settings once."""
 
@@ -126,16 +139,7 @@ class Request:
 
     def run(self) -> Run:
         """Return what the pool needs to run it."""
-        delivery = self.delivery
-        message = delivery.message
-        return Run(
-            message.body,
-            message.content_type,
-            message.content_encoding,
-            message.headers,
-            message.properties,
-            delivery.info,
-        )
+        return run_of(self.delivery)
 
     # -- to be overridden: called in the worker's main process, outside of any transaction
 

@@ -25,13 +25,13 @@ from ..log import get_logger
 from ..loop import Loop
 from ..message import Delivery
 from ..pools.base import Lost
-from ..runner import Ends, Outcome, Part, Run, Start
+from ..runner import Ends, Outcome, Part, Start
 from ..serialization import exception_to_dict
 from ..task import Context
 from ..trace import TaskRunner, ignores_result
 from ..transports.base import Consumer, NotOurs, Publication, Transport, pause_after_loss_s
 from .chords import Chords
-from .request import Request
+from .request import Request, run_of
 
 logger = get_logger(__name__)
 
@@ -277,11 +277,11 @@ class Settler:
 
     def refused_message(self, delivery: Delivery, error: BaseException) -> Ends:
         """Return what is settled with a message that cannot be run."""
-        return self.runner.refusal(_run_of(delivery), error)
+        return self.runner.refusal(run_of(delivery), error)
 
     def revoked(self, delivery: Delivery, why: str) -> Ends:
         """Return what is settled with a message whose task was revoked: the state REVOKED, if one is kept."""
-        return self.runner.refusal(_run_of(delivery), TaskRevokedError(why), states.REVOKED)
+        return self.runner.refusal(run_of(delivery), TaskRevokedError(why), states.REVOKED)
 
     def announce_revoked(
         self, delivery: Delivery, terminated: bool = False, signum: Any = None, expired: bool = False
@@ -296,14 +296,6 @@ class Settler:
             signals.task_revoked.send(
                 sender=task, request=request, terminated=terminated, signum=signum, expired=expired
             )
-
-
-def _run_of(delivery: Delivery) -> Run:
-    message = delivery.message
-    return Run(
-        message.body, message.content_type, message.content_encoding, message.headers, message.properties,
-        delivery.info,
-    )  # fmt: skip
 
 
 def _release(consumer: Consumer, delivery: Delivery) -> bool:
