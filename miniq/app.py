@@ -33,6 +33,7 @@ from typing import (
 from . import _state, signals, workflow_tasks
 from .backends.base import BACKENDS, CALLERS, Backend, backend_class
 from .canvas import Signature, signature
+from .clock import LamportClock
 from .conf import Settings
 from .control import Control
 from .eager import EagerRunner
@@ -119,6 +120,8 @@ class MiniQ:
         self.strict_typing = strict_typing
         #: Epoch seconds; an argument so that tests can turn the hands.
         self.wall = wall
+        #: Orders what this process tells and hears: events, commands, replies.
+        self.clock = LamportClock()
         self.tasks = TaskRegistry()
         self.conf = Settings()
         self.on_configure = Signal("on_configure")

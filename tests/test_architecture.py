@@ -30,12 +30,12 @@ FLOORS = {
     name: floor
     for floor, names in enumerate(
         (
-            "states exceptions text times conf signals _state log",  # words
+            "states exceptions text times clock conf signals _state log",  # words
             "codecs serialization message routing schedules",  # pure
             "loop connections",  # input and output
             "transports backends",  # stores
             "algebra plan stamping graph progress runner resultbase resultset result signatures canvas task"
-            " flow coroutines einfo trace chords workflow_tasks eager registry shared producer events control"
+            " flow coroutines einfo trace chords workflow_tasks eager registry shared producer mailbox events control"
             " app",
             "pools worker beat",  # execution
             "cli testing contrib __main__",  # entrances

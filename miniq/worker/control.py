@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol
+from typing import Any, Callable, Dict, List, Mapping, Protocol
 
 from ..control import REVOKE_EXPIRES_S
-from ..exceptions import MiniqError, OperationalError
+from ..exceptions import MiniqError
 from ..log import get_logger
-from ..loop import Loop, Timer
-from ..message import Delivery
+from ..loop import Loop
+from ..mailbox import Mailbox
+from ..message import Message
 from ..routing import Queue
 from ..serialization import loads
 from ..transports.base import Consumer
 from .consumer import TaskConsumer
 
 logger = get_logger(__name__)
-
-#: Commands taken in one turn.
-BATCH = 32
-#: Seconds between two looks for a command whose wake-up was missed.
-LOOK_INTERVAL_S = 0.5
 
 
 class ControlledWorker(Protocol):
@@ -55,90 +51,22 @@ def command(fun: Handler) -> Handler:
     return fun
 
 
-class CommandConsumer:
-    """Reads the control queue in the worker's loop."""
+class Commands:
+    """Carries out what comes in the control queue, in the worker's loop."""
 
     def __init__(self, worker: ControlledWorker, loop: Loop, consumer: Consumer) -> None:
         self.worker = worker
-        self.loop = loop
-        self.consumer = consumer
-        self._net: Optional[Timer] = None
-        self._fd: Optional[int] = None
-        self._again: Optional[Timer] = None
+        self.mailbox = Mailbox(loop, consumer, self._carry_out)
 
     def start(self) -> None:
         """Begin to listen."""
-        self._look_later()
-        self._take()
+        self.mailbox.start()
 
     def close(self) -> None:
         """Stop listening; the queue goes with its worker."""
-        self._unwatch()
-        for timer in (self._net, self._again):
-            if timer is not None:
-                timer.cancel()
-        self.consumer.close()
+        self.mailbox.close()
 
-    def _watch(self) -> None:
-        if self._fd is None or self.consumer.moved:
-            self._unwatch()
-            fd = self._fd = self.consumer.fileno()
-            if fd is not None:
-                self.loop.add_reader(fd, self._on_readable)
-
-    def _unwatch(self) -> None:
-        if self._fd is not None:
-            self.loop.remove_reader(self._fd)
-            self._fd = None
-
-    def _look_later(self) -> None:
-        if self.consumer.poll_interval_s is not None:
-            interval_s = max(self.consumer.poll_interval_s, LOOK_INTERVAL_S)
-            self._net = self.loop.call_later(interval_s, self._look)
-
-    def _look(self) -> None:
-        try:
-            if self.consumer.changed() or self.consumer.moved:
-                self._take()
-        except OperationalError as error:
-            self._trouble(error)
-        self._look_later()
-
-    def _on_readable(self) -> None:
-        try:
-            self.consumer.on_readable()
-        except OperationalError as error:
-            self._trouble(error)
-        else:
-            self._take()
-
-    def _take(self) -> None:
-        try:
-            deliveries = self.consumer.poll(BATCH)
-            for delivery in deliveries:
-                self.consumer.ack(delivery)
-            self._watch()
-        except OperationalError as error:
-            self._trouble(error)
-            return
-        for delivery in deliveries:
-            self._carry_out(delivery)
-        if len(deliveries) == BATCH:
-            self.loop.call_soon(self._take)
-
-    def _trouble(self, error: OperationalError) -> None:
-        """Look again soon; a broken descriptor would be ready all the time."""
-        logger.debug("control queue: %s", error)
-        self._unwatch()
-        if self._again is None:
-            self._again = self.loop.call_later(LOOK_INTERVAL_S, self._take_again)
-
-    def _take_again(self) -> None:
-        self._again = None
-        self._take()
-
-    def _carry_out(self, delivery: Delivery) -> None:
-        message = delivery.message
+    def _carry_out(self, message: Message) -> None:
         try:
             body = loads(message.body, message.content_type, message.content_encoding, self.worker.app.accept)
             if not isinstance(body, dict) or not isinstance(body.get("method"), str):

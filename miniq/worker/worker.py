@@ -35,7 +35,7 @@ from ..text import mask_url, node_name
 from ..trace import TaskRunner
 from ..transports.base import Consumer, Transport
 from .consumer import TaskConsumer
-from .control import CommandConsumer
+from .control import Commands
 from .spec import AppRunnerSpec
 
 logger = get_logger(__name__)
@@ -136,7 +136,7 @@ class Worker:
         self.tasks: TaskConsumer
         self.transport: Transport
         self.backend: Backend
-        self.commands: Optional[CommandConsumer] = None
+        self.commands: Optional[Commands] = None
         #: None, "warm", "soft" or "cold": how it is being shut down.
         self.shutdown: Optional[str] = None
         self.exitcode = 0
@@ -292,7 +292,7 @@ class Worker:
             self.soft_time_limit,
         )
         if commands is not None:
-            self.commands = CommandConsumer(self, loop, commands)
+            self.commands = Commands(self, loop, commands)
             self.commands.start()
         self._every(consumer.housekeep_interval_s, self._housekeep)
         self._every(CLEAN_UP_INTERVAL_S, self._clean_up)
