@@ -16,9 +16,10 @@ sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import on_rabbit  # noqa: E402
 import on_redis  # noqa: E402
 import on_sqlite  # noqa: E402
+import on_workflows  # noqa: E402
 import ours  # noqa: E402
 
-STORES = {"sqlite": on_sqlite, "redis": on_redis, "rabbit": on_rabbit}
+STORES = {"sqlite": on_sqlite, "redis": on_redis, "rabbit": on_rabbit, "workflows": on_workflows}
 
 
 def main() -> int:

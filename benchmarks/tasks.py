@@ -7,7 +7,7 @@ import json
 import os
 import time
 
-from miniq import MiniQ
+from miniq import MiniQ, chain, chord
 
 url = os.environ.get("BENCH_BROKER", "sqlite:///bench.db")
 app = MiniQ("bench", broker=url, backend=os.environ.get("BENCH_RESULTS", url) or None)
@@ -18,6 +18,11 @@ app.conf.broker_transport_options = json.loads(os.environ.get("BENCH_OPTIONS", "
 @app.task
 def add(x, y):
     return x + y
+
+
+@app.task
+def total(values):
+    return sum(values)
 
 
 @app.task(ignore_result=True)
@@ -52,6 +57,14 @@ def bulk(task, n):
         producer.transport.publish(
             [producer.prepare(task.name, (2, 3), {}, options, task).publication for _ in share], 60.0
         )
+
+
+def chord_of(n):
+    return chord(add.s(1, 1) for _ in range(n))(total.s())
+
+
+def chain_of(n):
+    return chain(add.s(1, 1), *[add.s(1) for _ in range(n - 1)])()
 
 
 def ask():
