@@ -204,12 +204,10 @@ def add_shared(make: Callable[[Any], Any]) -> None:
 
 _NOT_BUILT = frozenset(
     """
-    Beat WorkController add_periodic_task setup_security events event_dispatcher amqp
-    log loader pool connection connection_for_read connection_for_write producer_or_acquire producer_pool
+    WorkController setup_security event_dispatcher amqp
+    log loader pool producer_or_acquire producer_pool
     bugreport config_from_cmdline on_after_fork fixups steps
-    send_event on_replace delay_on_commit apply_async_on_commit
-    inspect ping election heartbeat enable_events disable_events autoscale pool_restart
-    revoke_by_stamped_headers
+    on_replace delay_on_commit apply_async_on_commit
     """.split()
 )
 

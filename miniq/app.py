@@ -35,11 +35,11 @@ from .backends.base import BACKENDS, CALLERS, Backend, backend_class
 from .canvas import Signature, signature
 from .clock import LamportClock
 from .conf import Settings
-from .control import Control
+from .connection import Connection
 from .eager import EagerRunner
 from .exceptions import AlwaysEagerIgnored, ImproperlyConfigured, MiniqError
 from .flow import encode_start
-from .plan import Plan, Step
+from .plan import Plan, Step, poll, watch
 from .producer import Prepared, Producer, check_options
 from .registry import TaskRegistry, annotate, check_names, register, task_from_function
 from .result import AsyncResult, GroupResult, result_from_tuple
@@ -51,7 +51,7 @@ from .signals import Signal
 from .signatures import new_task_id
 from .task import Parameters
 from .task import Task as BaseTask
-from .text import gen_task_name, host_name, import_module, import_object, is_missing, mask_url
+from .text import gen_task_name, host_name, import_module, import_object, is_missing, mask_url, truncate
 from .times import zone
 from .trace import TaskRunner
 from .transports.base import TRANSPORTS, Publication
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Literal, ParamSpec
 
+    from .control import Control
     from .task import BoundDecorator, Decorator, TypedTask
 
     P = ParamSpec("P")
@@ -81,7 +82,11 @@ REFUSED_ARGUMENTS = frozenset({"loader", "amqp", "events", "log", "control", "ta
 #: Parts of upper floors that an app hands out: name -> "module:object", imported when asked for.
 ENTRANCES = {
     "worker": ".worker.worker:Worker",
+    "beat": ".beat:Beat",
+    "scheduler": ".beat:scheduler_class",
     "main": ".cli.main:main",
+    "events": ".events:Events",
+    "control": ".control:Control",
 }
 
 
@@ -128,8 +133,9 @@ class MiniQ:
         self.on_after_configure = Signal("on_after_configure")
         self.on_after_finalize = Signal("on_after_finalize")
         self.finalized = False
+        #: What `add_periodic_task` has added: name -> as in the setting `beat_schedule`.
+        self.periodic_tasks: Dict[str, Dict[str, Any]] = {}
         self.user_options: Dict[str, Any] = {}
-        self.control = Control(self)
         self.producer = Producer(self)
         #: This process as a sender: the header `origin`, and the reply address.
         self._identity: Optional[Tuple[int, str, str]] = None
@@ -530,6 +536,73 @@ class MiniQ:
         signals.import_modules.send(sender=self)
         self.finalize()
 
+    # -- commands and events
+
+    @property
+    def control(self) -> "Control":
+        """Commands and questions to workers; see `miniq.control`."""
+        found: Control = self._cached(
+            "control", lambda: import_object(ENTRANCES["control"], package=__package__)(self)
+        )
+        return found
+
+    @property
+    def events(self) -> Any:
+        """What sends and hears events, and knows the state of things from them; see `miniq.events`."""
+        return self._cached("events", lambda: import_object(ENTRANCES["events"], package=__package__)(self))
+
+    def connection_for_read(self, url: Optional[str] = None, **options: Any) -> Connection:
+        """Return a connection for those who hand one on; see `miniq.connection`."""
+        return Connection(self, url, write=False)
+
+    def connection_for_write(self, url: Optional[str] = None, **options: Any) -> Connection:
+        """Return a connection to the write side of the broker."""
+        return Connection(self, url, write=True)
+
+    connection = connection_for_read
+
+    # -- periodic tasks
+
+    def add_periodic_task(
+        self,
+        schedule: Any,
+        sig: Any,
+        args: Sequence[Any] = (),
+        kwargs: Optional[Mapping[str, Any]] = None,
+        name: Optional[str] = None,
+        relative: bool = False,
+        enabled: bool = True,
+        catch_up: str = "once",
+        overlap: str = "allow",
+        **opts: Any,
+    ) -> str:
+        """Have beat send a task (a signature, a task, or its name) by a schedule; return the entry's name.
+
+        `schedule` is seconds, a timedelta, or one of `miniq.schedules`; `opts` are calling options.  The
+        rest is as in the setting `beat_schedule`.  A good place to call it is a receiver of
+        `on_after_finalize`.
+        """
+        found = self.signature(sig if isinstance(sig, (str, Signature)) else sig.name)
+        if args or kwargs:
+            found = found.clone(args, kwargs)
+        options = {key: value for key, value in {**found.options, **opts}.items() if value is not None}
+        name = name or truncate(repr(found), 100)
+        if name in self.periodic_tasks:
+            warnings.warn(f"periodic task {name!r} replaces another one: give it a name", stacklevel=2)
+        self.periodic_tasks[name] = {
+            "task": found.task, "schedule": schedule, "args": tuple(found.args), "kwargs": found.kwargs,
+            "options": options, "relative": relative, "enabled": enabled, "catch_up": catch_up,
+            "overlap": overlap,
+        }  # fmt: skip
+        return name
+
+    @property
+    def schedules(self) -> Any:
+        """The periodic tasks as their store has them, for changes at run time; see `miniq.beat.Scheduler`."""
+        make = import_object(ENTRANCES["scheduler"], package=__package__)(self.conf.beat_scheduler)
+        self.finalize()
+        return make(self)
+
     # -- calling
 
     def send_task(
@@ -624,20 +697,23 @@ class MiniQ:
             frame.request.children.append(plan.result)
         return result_from_tuple(plan.result, self)
 
-    @property
-    def counts_chords(self) -> bool:
-        """Whether the result store counts the members of chords; else a task looks for them.
+    def looked_after(self, plan: Plan) -> Plan:
+        """Return a plan with the tasks that look after its chords, where the result store needs them.
 
-        Raises `ImproperlyConfigured` where workers can do neither.
+        Raises `ImproperlyConfigured` where there is nothing to look at.
         """
+        if not plan.chords:
+            return plan
         url = self.backend_url()
         found = backend_class(url)
-        if not found.is_shared:
+        if not (found.is_shared or found.counts_chords):
             raise ImproperlyConfigured(
                 f"a chord needs a result store that workers can read, and {mask_url(url)!r} is none: set"
                 " result_backend to one, as redis://"
             )
-        return found.counts_chords
+        if not found.counts_chords:
+            return poll(plan, new_task_id)
+        return watch(plan, new_task_id) if found.watches_chords else plan
 
     @property
     def chord_expires_s(self) -> Optional[float]:
@@ -692,6 +768,14 @@ class MiniQ:
         return import_object(ENTRANCES["worker"], package=__package__)(self, **options)
 
     Worker = worker
+
+    def Beat(self, **options: Any) -> Any:  # noqa: N802 - Celery's name
+        """Return what sends periodic tasks: ``with app.Beat(): ...``, or ``app.Beat().run()``.
+
+        `schedule` names a file for its state; `scheduler` and `max_interval` (seconds) are as in the
+        settings.
+        """
+        return import_object(ENTRANCES["beat"], package=__package__)(self, **options)
 
     def worker_main(self, argv: Optional[Sequence[str]] = None) -> int:
         """Run the command ``worker`` with these arguments (default: the program's)."""

@@ -15,7 +15,7 @@ from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from .algebra import MAX_DEPTH, as_group, as_list, check, fold, kind_of, made_chain, made_chord
 from .exceptions import ImproperlyConfigured
-from .plan import Plan, plan, poll
+from .plan import Plan, plan
 from .signatures import (
     Signature,
     check_signatures,
@@ -59,9 +59,8 @@ class Workflow(Signature):
             check_options=app.check_options,
             max_depth=MAX_DEPTH,
         )
-        if found.chords and not app.counts_chords:
-            found = poll(found, new_task_id)
-        return found
+        looked_after: Plan = app.looked_after(found)
+        return looked_after
 
     def apply_async(self, args: Any = (), kwargs: Optional[Mapping[str, Any]] = None, **options: Any) -> Any:
         """Send it; return its result, None where it has no tasks.

@@ -227,7 +227,8 @@ NO_POOL_LIMIT = 10_000
 
 #: Settings that Celery does not have.
 OWN_SETTINGS = frozenset(
-    {"strict_settings", "task_delivery_limit", "task_publish_timeout", "worker_max_abandoned_threads"}
+    {"strict_settings", "task_delivery_limit", "task_publish_timeout", "worker_health_file",
+     "worker_max_abandoned_threads"}
 )
 
 _S = Setting
@@ -354,7 +355,21 @@ _TABLE: Tuple[Setting, ...] = (
     _S("worker_proc_alive_timeout", "float", 10.0, "seconds for a new child to be up", minimum=0.001),
     _S("worker_max_abandoned_threads", "int", 3, "stuck threads until the worker stops", minimum=1),
     _S("worker_enable_remote_control", "bool", True, "a worker hears commands (revoke, rate_limit, ...)"),
+    _S("worker_pool_restarts", "bool", False, "... pool_restart among them"),
+    _S("control_exchange", "str", "celery", "commands go over the exchange of this name and .pidbox"),
+    _S("control_queue_ttl", "float", 300.0, "seconds a command waits for a worker that does not listen",
+       minimum=0.001),
+    _S("control_queue_expires", "float", 10.0, "seconds a queue of commands or replies outlives its reader",
+       minimum=1),
+    _S("worker_send_task_events", "bool", False, "workers tell what becomes of their tasks (-E)"),
+    _S("task_send_sent_event", "bool", False, "senders tell of the tasks they send"),
+    _S("event_queue_ttl", "float", 5.0, "seconds an event waits for its reader", minimum=0.001),
+    _S("event_queue_expires", "float", 60.0, "seconds a queue of events outlives its reader", minimum=1),
+    _S("event_queue_prefix", "str", "celeryev", "names of these queues begin with it"),
+    _S("event_queue_exclusive", "bool", True, "only the connection that made it may read such a queue"),
+    _S("event_queue_durable", "bool", False, "such a queue outlives a restart of the broker"),
     _S("worker_disable_rate_limits", "bool", False, "rate limits are not kept"),
+    _S("worker_health_file", "Optional[str]", None, "where it shows that it lives; None = temporary folder"),
     _S("worker_deduplicate_successful_tasks", "bool", False,
        "a redelivered task with a result is not run"),
     _S("worker_soft_shutdown_timeout", "float", 0.0, "seconds tasks get before a cold shutdown", minimum=0),
@@ -381,6 +396,16 @@ _TABLE: Tuple[Setting, ...] = (
     _S("result_backend_transport_options", "Dict[str, Any]", {}, "options of the result backend"),
     _S("result_persistent", "bool", False, "results over rpc:// outlive a restart of the broker"),
     _S("result_backend_always_retry", "bool", False, "storing that failed is tried again"),
+    # periodic tasks
+    _S("beat_schedule", "Dict[str, Any]", {}, "periodic tasks: name -> {task, schedule, ...}"),
+    _S("beat_scheduler", "Union[str, type]", "persistent", "name or class of the scheduler"),
+    _S("beat_schedule_filename", "Optional[str]", None, "file of the state; None = in the broker's store"),
+    _S("beat_max_loop_interval", "float", 0.0, "seconds beat waits at most; 0 = 300", minimum=0),
+    _S("beat_cron_starting_deadline", "Optional[Seconds]", None,
+       "seconds after which a crontab tick is not sent any more", minimum=0),
+    _S("beat_enable_remote_control", "bool", False, "beat answers pings"),
+    _S("beat_remote_control_max_tick_age", "Optional[Seconds]", None,
+       "seconds without a turn after which it does not; None = twice its interval, at least 60", minimum=0),
     # results on a Redis server: what their URL and result_backend_transport_options leave open
     _S("redis_host", "Optional[str]", None, "server of result_backend = 'redis://'; None = localhost"),
     _S("redis_port", "Optional[int]", None, "its port; None = 6379", minimum=1, maximum=65535),
@@ -418,12 +443,12 @@ CELERY_ONLY = frozenset(
     broker_transport broker_host broker_port broker_user broker_password broker_vhost
     broker_pool_acquire_timeout
     broker_channel_error_retry broker_heartbeat_checkrate
-    task_remote_tracebacks task_send_sent_event
+    task_remote_tracebacks
     worker_eta_task_limit worker_enable_soft_shutdown_on_idle
-    worker_pool_putlocks worker_pool_restarts worker_enable_prefetch_count_reduction worker_autoscaler
+    worker_pool_putlocks worker_enable_prefetch_count_reduction worker_autoscaler
     worker_agent worker_consumer worker_timer worker_timer_precision worker_lost_wait worker_state_db
     worker_direct
-    worker_send_task_events worker_cancel_long_running_tasks_on_connection_loss
+    worker_cancel_long_running_tasks_on_connection_loss
     worker_detect_quorum_queues
     worker_logfile worker_pidfile worker_uid worker_gid worker_umask worker_executable
     result_failure_expires result_exchange result_exchange_type
@@ -435,12 +460,9 @@ CELERY_ONLY = frozenset(
     database_table_schemas database_table_names database_create_tables_at_setup
     cache_backend cache_backend_options
     couchbase_backend_settings arangodb_backend_settings mongodb_backend_settings
-    control_queue_ttl control_queue_expires control_queue_exclusive control_queue_durable
-    control_exchange
-    event_queue_ttl event_queue_expires event_queue_prefix event_queue_exclusive event_queue_durable
+    control_queue_exclusive control_queue_durable
     event_serializer event_exchange
-    beat_schedule beat_scheduler beat_schedule_filename beat_max_loop_interval beat_sync_every
-    beat_cron_starting_deadline beat_enable_remote_control beat_remote_control_max_tick_age
+    beat_sync_every
     beat_logfile beat_pidfile beat_uid beat_gid beat_umask beat_executable
     events_logfile events_pidfile events_uid events_gid events_umask events_executable
     security_key security_key_password security_certificate security_cert_store security_digest
@@ -655,7 +677,19 @@ class Settings:
     worker_proc_alive_timeout: float
     worker_max_abandoned_threads: int
     worker_enable_remote_control: bool
+    worker_pool_restarts: bool
+    control_exchange: str
+    control_queue_ttl: float
+    control_queue_expires: float
+    worker_send_task_events: bool
+    task_send_sent_event: bool
+    event_queue_ttl: float
+    event_queue_expires: float
+    event_queue_prefix: str
+    event_queue_exclusive: bool
+    event_queue_durable: bool
     worker_disable_rate_limits: bool
+    worker_health_file: Optional[str]
     worker_deduplicate_successful_tasks: bool
     worker_soft_shutdown_timeout: float
     worker_hijack_root_logger: bool
@@ -676,6 +710,13 @@ class Settings:
     result_backend_transport_options: Dict[str, Any]
     result_persistent: bool
     result_backend_always_retry: bool
+    beat_schedule: Dict[str, Any]
+    beat_scheduler: Union[str, type]
+    beat_schedule_filename: Optional[str]
+    beat_max_loop_interval: float
+    beat_cron_starting_deadline: Optional[Seconds]
+    beat_enable_remote_control: bool
+    beat_remote_control_max_tick_age: Optional[Seconds]
     redis_host: Optional[str]
     redis_port: Optional[int]
     redis_db: Optional[int]

@@ -20,11 +20,15 @@ def encode_start(start: ChordStart, expires_s: Optional[float]) -> Start:
 def part_of(request: Context, state: str, value: Any, serializer: str, expires_s: Optional[float]) -> Part:
     """Return what a member of a chord came to; raises `EncodeError` for a value that cannot be written."""
     entry = dumps([1, request.id, state, value], serializer)[2]
-    body = request.chord
-    if request.root_id and not (body.get("options") or {}).get("root_id"):
-        body = {**body, "options": {**(body.get("options") or {}), "root_id": request.root_id}}
-    encoded = dumps(body, "json")[2]
+    encoded = encode_body(request.chord, request.root_id)
     return (request.group or "", request.group_index, request.id or "", entry, expires_s, encoded)
+
+
+def encode_body(body: Mapping[str, Any], root_id: Optional[str]) -> bytes:
+    """Return the body of a chord, with the root of its workflow, as it is told to the result store."""
+    if root_id and not (body.get("options") or {}).get("root_id"):
+        body = {**body, "options": {**(body.get("options") or {}), "root_id": root_id}}
+    return dumps(body, "json")[2]
 
 
 def never_sent(sig: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -51,6 +51,8 @@ ResultTuple = List[Any]
 
 #: Options that belong to the last step of a workflow: where its value goes.
 _TAIL = ("group_id", "group_index", "chord")
+#: Seconds until the first look at a chord that is watched.
+WATCH_S = 30
 #: Options of a chord that hold its header back, and so its body too.
 _DELAYS = ("countdown", "eta")
 
@@ -347,6 +349,22 @@ def bind_frozen(sig: Sig, args: Tuple[Any, ...]) -> Sig:
     return {**sig, "kwargs": {**kwargs, "tasks": tasks}}
 
 
+def watch(found: Plan, new_id: Callable[[], str]) -> Plan:
+    """Return a plan in which a task has a look at each chord now and then, though its members are counted.
+
+    For stores that cannot tell which chords are left over.  The bodies say how many members they wait
+    for, as a member has to know that to notice that it is the last one.
+    """
+    unlocks = []
+    for start in found.chords:
+        # In what the members hold too: it is the same dict, and made for this plan.
+        start.body["chord_size"] = start.size
+        of_header = (step for step in found.steps if step.options.get("group_id") == start.group_id)
+        like = next(of_header, found.steps[0]).options
+        unlocks.append(_unlock(start, None, WATCH_S, new_id(), like))
+    return found._replace(steps=unlocks + found.steps)
+
+
 def poll(found: Plan, new_id: Callable[[], str]) -> Plan:
     """Return a plan in which each chord is looked after by a task, ``celery.chord_unlock``.
 
@@ -355,10 +373,17 @@ def poll(found: Plan, new_id: Callable[[], str]) -> Plan:
     unlocks = []
     for start in found.chords:
         results = [[[task_id, None], None] for task_id in start.members]
-        kwargs = {"interval": None, "max_retries": None, "result": results}
-        options = {"task_id": new_id(), "countdown": 1, "ignore_result": True}
-        for key in ("queue", "priority"):
-            if start.body["options"].get(key) is not None:
-                options[key] = start.body["options"][key]
-        unlocks.append(Step("celery.chord_unlock", (start.group_id, start.body), kwargs, options, "chord"))
+        unlocks.append(_unlock(start, results, None, new_id(), start.body["options"]))
     return Plan(unlocks + found.steps, [], found.result)
+
+
+def _unlock(
+    start: ChordStart, results: Any, interval_s: Optional[float], task_id: str, like: Mapping[str, Any]
+) -> Step:
+    """Return the message of the task that looks; it goes where one with the options `like` goes."""
+    kwargs = {"interval": interval_s, "max_retries": None, "result": results}
+    options = {"task_id": task_id, "countdown": interval_s or 1, "ignore_result": True}
+    for key in ("queue", "priority") if results else ("queue", "priority", "root_id"):
+        if like.get(key) is not None:
+            options[key] = like[key]
+    return Step("celery.chord_unlock", (start.group_id, start.body), kwargs, options, "chord")

@@ -24,6 +24,7 @@ from .algebra import as_list
 from .backends.base import Backend
 from .canvas import check_signatures
 from .conf import SETTINGS
+from .event import sent_event
 from .exceptions import EncodeError, ImproperlyConfigured, OperationalError, UnknownOption
 from .message import Message, pack_body, validate_headers
 from .routing import Queue, Route, Router
@@ -388,7 +389,7 @@ class Producer:
         when the retry policy gives up earlier.
         """
         conf = self.app.conf
-        publication, queue, _ = prepared
+        queue = prepared.queue
         timeout_s = conf.task_publish_timeout if timeout_s is None else timeout_s
         if retry_policy:
             retry_policy = SETTINGS["task_publish_retry_policy"].checked(retry_policy)
@@ -403,7 +404,7 @@ class Producer:
             if queue is not None:
                 transport.declare(queue, left_s)
                 left_s = max(0.001, begun_mono + timeout_s - time.monotonic())
-            transport.publish((publication,), left_s)
+            transport.publish(self._with_event(prepared), left_s)
         except OperationalError as error:
             if not (conf.task_publish_retry if retry is None else retry):
                 raise
@@ -436,10 +437,19 @@ class Producer:
         for queue in {id(one.queue): one.queue for one in prepared if one.queue is not None}.values():
             transport.declare(queue, max(0.001, deadline_mono - time.monotonic()))
         before()
-        transport.publish([one.publication for one in prepared], max(0.001, deadline_mono - time.monotonic()))
+        publications = [publication for one in prepared for publication in self._with_event(one)]
+        transport.publish(publications, max(0.001, deadline_mono - time.monotonic()))
         if signals.after_task_publish.receivers:
             for one in prepared:
                 self._tell_published(one)
+
+    def _with_event(self, prepared: Prepared) -> Tuple[Publication, ...]:
+        """Return the message, and with it the event that it was sent, if that is told."""
+        publication = prepared.publication
+        if not self.app.conf.task_send_sent_event:
+            return (publication,)
+        queue = prepared.queue.name if prepared.queue is not None else None
+        return publication, sent_event(self.app, publication, queue)
 
     def _tell_published(self, prepared: Prepared) -> None:
         publication = prepared.publication
@@ -477,7 +487,8 @@ class Producer:
                     backend.before_call(max(0.001, deadline_mono - time.monotonic()))
                 if prepared.queue is not None:
                     transport.declare(prepared.queue, max(0.001, deadline_mono - time.monotonic()))
-                transport.publish((prepared.publication,), max(0.001, deadline_mono - time.monotonic()))
+                left_s = max(0.001, deadline_mono - time.monotonic())
+                transport.publish(self._with_event(prepared), left_s)
                 return
             except OperationalError as again:
                 error = again

@@ -20,6 +20,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     Optional,
     Protocol,
     Sequence,
@@ -216,7 +217,7 @@ class ResultBase:
 
     def revoke(
         self,
-        connection: None = None,
+        connection: Any = None,
         terminate: bool = False,
         signal: Optional[str] = None,
         wait: bool = False,
@@ -224,13 +225,34 @@ class ResultBase:
     ) -> None:
         """Tell all workers not to run its tasks; with `terminate`, stop them where they run.
 
-        Nobody answers in this version of miniq, so ``wait=True`` raises `ImproperlyConfigured`.
+        With `wait` it returns when workers have answered: after `timeout` seconds (default 1), as their
+        number is not known.
         """
-        if wait or connection is not None:
-            raise ImproperlyConfigured("revoke: this version of miniq takes neither wait= nor connection=")
         ids = [leaf.id for leaf in self._leaves()]
         if ids:
-            self.app.control.revoke(ids, terminate=terminate, signal=signal or "SIGTERM")
+            signal = signal or "SIGTERM"
+            self.app.control.revoke(
+                ids, terminate=terminate, signal=signal, connection=connection, reply=wait, timeout=timeout
+            )
+
+    def revoke_by_stamped_headers(
+        self,
+        headers: Mapping[str, Any],
+        connection: Any = None,
+        terminate: bool = False,
+        signal: Optional[str] = None,
+        wait: bool = False,
+        timeout: Optional[float] = None,
+    ) -> None:
+        """Tell all workers not to run any task with one of these stamps: ``{name: value or values}``."""
+        self.app.control.revoke_by_stamped_headers(
+            headers,
+            terminate=terminate,
+            signal=signal or "SIGTERM",
+            connection=connection,
+            reply=wait,
+            timeout=timeout,
+        )
 
     # -- showing
 

@@ -26,6 +26,8 @@ class Run(NamedTuple):
     headers: Dict[str, Any]
     properties: Dict[str, Any]
     delivery_info: Dict[str, Any]
+    #: The outcome is to be `shown`.
+    wants_shown: bool = False
 
 
 #: A member's end as `backends.base.ChordPart` has it, and a chord as ``Backend.start_chord`` takes it.
@@ -67,6 +69,7 @@ class Outcome(NamedTuple):
     `runtime_s`  how long the body took
     `parts`      members of chords that end with it, and
     `starts`     chords whose header is among the follow-ups (see `Ends`)
+    `shown`      if wanted: for people, the result and ``""``, or the exception and its traceback
     """
 
     state: str
@@ -77,6 +80,7 @@ class Outcome(NamedTuple):
     runtime_s: float = 0.0
     parts: "List[Any]" = []  # noqa: RUF012 - never mutated
     starts: "List[Any]" = []  # noqa: RUF012 - never mutated
+    shown: Tuple[str, str] = ("", "")
 
 
 class Runner(Protocol):

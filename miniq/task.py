@@ -625,6 +625,15 @@ class Task:
             return result
         return added.apply() if request.is_eager else added.apply_async(add_to_parent=False)
 
+    def send_event(self, type_: str, retry: bool = True, retry_policy: Any = None, **fields: Any) -> None:
+        """Send an event of one's own of the running task; `fields` are JSON values.
+
+        Raises `OperationalError` where the broker cannot be reached.
+        """
+        request = self.request
+        with self.app.events.default_dispatcher(hostname=request.hostname) as dispatcher:
+            dispatcher.send(type_, uuid=request.id, **fields)
+
     def __repr__(self) -> str:
         return f"<@task: {self.name} of {self.app!r}>"
 

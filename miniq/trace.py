@@ -42,7 +42,7 @@ from .exceptions import (
 from .flow import context_of, encode_start, never_sent, part_of
 from .log import get_logger
 from .message import HEADER_NAMES, unpack_body
-from .plan import plan, poll
+from .plan import plan
 from .runner import Ends, Outcome, Part, Run, Runner, RunnerSpec
 from .serialization import dumps, exception_to_dict, loads, serializer
 from .signatures import new_task_id
@@ -132,6 +132,8 @@ class TaskRunner:
         if not isinstance(opened, Execution):
             return opened
         outcome = self.execute(opened, guard)
+        if run.wants_shown:
+            outcome = outcome._replace(shown=_shown(opened))
         opened.forget()
         return outcome
 
@@ -169,6 +171,8 @@ class TaskRunner:
             context = contextvars.copy_context()
             loop = asyncio.get_running_loop()
             outcome = await loop.run_in_executor(None, lambda: context.run(self._execute_in_helper, ex))
+            if run.wants_shown:
+                outcome = outcome._replace(shown=_shown(ex))
             ex.forget()
             return outcome
         body = self._push(ex)
@@ -181,7 +185,8 @@ class TaskRunner:
                 self._end_with(ex, error)
             else:
                 self._succeeded(ex, value)
-            return self._conclude(ex)
+            outcome = self._conclude(ex)
+            return outcome._replace(shown=_shown(ex)) if run.wants_shown else outcome
         finally:
             _state.pop_frame(ex.token)
             ex.forget()
@@ -282,8 +287,9 @@ class TaskRunner:
         )  # fmt: skip
         ends = self.refusal(run, error)
         return Outcome(
-            states.FAILURE, ends.results, ends.followups, "reject", reason, 0.0, ends.parts, ends.starts
-        )
+            states.FAILURE, ends.results, ends.followups, "reject", reason, 0.0, ends.parts, ends.starts,
+            (safe_repr(error), ""),
+        )  # fmt: skip
 
     @staticmethod
     def _custom_headers(headers: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
@@ -522,8 +528,7 @@ class TaskRunner:
             parent_id=parent_id,
             reply_to=request.reply_to,
         )
-        if found.chords and not app.counts_chords:
-            found = poll(found, new_task_id)
+        found = app.looked_after(found)
         ends.followups += [app.prepare_step(step) for step in found.steps]
         ends.starts += [encode_start(start, app.chord_expires_s) for start in found.chords]
         if found.result is not None:
@@ -682,6 +687,16 @@ def ignores_result(task: Optional[Task], request: Context) -> bool:
     if request.ignore_result is not None:
         return bool(request.ignore_result)
     return task is not None and bool(_setting(task, "ignore_result", task.app))
+
+
+def _shown(ex: Execution) -> Tuple[str, str]:
+    """Return what is told of the end of a run."""
+    error = ex.error
+    if error is None:
+        return safe_repr(ex.retval, ex.task.resultrepr_maxsize), ""
+    if isinstance(error, Retry) and error.exc is not None:
+        error = error.exc
+    return safe_repr(error), ex.einfo.traceback if ex.einfo else ""
 
 
 def _reason(error: Reject) -> str:

@@ -214,7 +214,7 @@ def test_module_that_does_not_exist_is_named_in_one_line(run: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["-B"], "this version has no scheduler"),
+        (["-s", "file"], "belong to -B"),
         (["-P", "thread"], "did you mean threads?"),
         (["-n", "%x@host"], "unknown '%x'"),
         (["-l", "loud"], "unknown log level 'loud'"),

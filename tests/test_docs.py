@@ -190,12 +190,12 @@ def test_defaults_that_differ_from_celery_are_told_right() -> None:
 
 
 def parsers() -> List[argparse.ArgumentParser]:
-    """Return the parser of the program and those of its commands."""
-    parser = build_parser()
-    found: List[argparse.ArgumentParser] = [parser]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found += action.choices.values()
+    """Return the parser of the program, those of its commands, and those of their actions."""
+    found: List[argparse.ArgumentParser] = [build_parser()]
+    for parser in found:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += action.choices.values()
     return found
 
 
@@ -329,7 +329,8 @@ def test_names_on_the_server_are_those_that_are_written(page: str, names: str) -
     own = re.compile(r"_miniq\.([a-z_]+)")
     source = sources_of(names)
     if page == "redis":
-        source += (ROOT / "miniq" / "connections" / "listener.py").read_text(encoding="utf-8")
+        for other in ("connections/listener.py", "beat_redis.py"):
+            source += (ROOT / "miniq" / other).read_text(encoding="utf-8")
     # A channel that nobody ever subscribes to is no key.
     assert set(own.findall(text_of(page))) == set(own.findall(source)) - {"nobody"}
 

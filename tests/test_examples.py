@@ -26,6 +26,7 @@ SHOWN = {
         "exit code 0.",
         "gone with its folder: True",
     ),
+    "periodic": ("tick at", "the next report is due", "07:00:00+00:00"),
     "retries_and_limits": (
         "answered at attempt 4",
         "OSError('no such host')",

@@ -176,7 +176,8 @@ def test_group_in_memcached_is_under_celerys_key(memcached: MemcachedServer) -> 
 
 def test_store_that_does_not_count_says_so() -> None:
     assert not Backend.counts_chords
-    for url in ("memory://", "sqlite:///q.db", "redis://"):
+    for url in ("memory://", "sqlite:///q.db", "redis://", "rpc://"):
         assert backend_class(url).counts_chords
-    for url in ("rpc://", "file:///f", "memcache://h", "disabled://"):
+        assert backend_class(url).watches_chords is (url == "rpc://")
+    for url in ("file:///f", "memcache://h", "disabled://"):
         assert not backend_class(url).counts_chords

@@ -464,8 +464,10 @@ def test_without_an_app_the_current_one_is_asked(app: MiniQ) -> None:
 
 def test_revoke_takes_what_it_can_do(app: MiniQ) -> None:
     result = app.AsyncResult("one")
-    with pytest.raises(ImproperlyConfigured, match="wait="):
-        result.revoke(wait=True)
+    with pytest.raises(ImproperlyConfigured, match=r"connections of app"):
+        result.revoke(connection=object())  # type: ignore[arg-type]
+    result.revoke(wait=True, timeout=0.01)
+    result.revoke_by_stamped_headers({"customer": "a"})
     result.revoke(terminate=True, signal="SIGKILL")
     assert result.state == "REVOKED"
     with pytest.raises(AttributeError, match="no attribute"):

@@ -375,8 +375,8 @@ def test_forget_and_revoke_reach_all(app: MiniQ) -> None:
     assert not app.backend.fetch(["a", "b", "c", "top"]) and found.waiting()
     found.revoke()
     assert [one.state for one in results(app, "abc")] == ["REVOKED"] * 3
-    with pytest.raises(ImproperlyConfigured, match="wait="):
-        found.revoke(wait=True)
+    with pytest.raises(ImproperlyConfigured, match=r"connections of app"):
+        found.revoke(connection=object())  # type: ignore[arg-type]
     ResultSet([], app=app).revoke()
 
 

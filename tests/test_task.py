@@ -638,7 +638,7 @@ def test_copies_of_a_task_are_the_task(app: MiniQ) -> None:
     assert copy.deepcopy({"t": [task], "a": app}) == {"t": [task], "a": app}
 
 
-@pytest.mark.parametrize("name", ["send_event", "on_replace"])
+@pytest.mark.parametrize("name", ["delay_on_commit", "on_replace"])
 def test_what_is_not_built_says_so(app: MiniQ, name: str) -> None:
     with pytest.raises(AttributeError, match=f"'{name}': Celery has it, this version of miniq does not"):
         getattr(app.task(len), name)

@@ -47,6 +47,7 @@ def environment(*folders: Path, **variables: str) -> Dict[str, str]:
     env["PYTHONUNBUFFERED"] = env["PYTHONDONTWRITEBYTECODE"] = "1"
     env["PYTHONIOENCODING"] = "utf-8"
     env["PYTHONWARNINGS"] = "error"
+    env["C_FORCE_ROOT"] = "1"  # containers of CI run as root; without it there is no pickle
     env.update(variables)
     return env
 

@@ -133,6 +133,8 @@ class Backend:
     enabled = True
     #: True where members of a chord are counted, False where a task has to look for them.
     counts_chords = False
+    #: True where a task looks after chords although they are counted.
+    watches_chords = False
     #: False where only the process that called a task can read its result.
     is_shared = True
     #: What is wrong with saving groups here; empty where they are kept.

@@ -34,7 +34,8 @@ from ..exceptions import (
     OperationalError,
 )
 from ..states import READY_STATES
-from .base import Backend, StoredResult
+from .base import StoredResult
+from .rpc_chords import ChordQueues
 from .stored import describe, unwrap
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ SHORT_S = 0.1
 LONGEST_SLEEP_S = 1.0
 
 
-class RpcBackend(Backend):
+class RpcBackend(ChordQueues):
     """One thread's way to the results of this process' calls, and to the callers of the tasks it runs.
 
     `url` and `options` are those of the broker, with three options of its own: `reply_address`, a function
@@ -65,6 +66,8 @@ class RpcBackend(Backend):
         broker_options = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
         self._options = Options.read(broker_options, url)
         self._server = Server.of(url, self._options)
+        self._wall = wall
+        super().__init__()
         self._address: Callable[[], str] = options["reply_address"]
         self._expires_s: Optional[float] = options.get("result_expires") or None
         self._delivery_mode = 2 if options.get("result_persistent") else 1
@@ -162,6 +165,7 @@ class RpcBackend(Backend):
 
     def close(self) -> None:
         """Close connections that nobody uses now; who needs one again, opens it."""
+        super().close()
         self._replies.close_idle()
         self._server.close()
 

@@ -6,12 +6,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any, List, Optional, Sequence
+import time
+from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
-from ..exceptions import ImproperlyConfigured, MiniqError, TimeoutError
+from ..exceptions import ImproperlyConfigured, MiniqError, OperationalError, TimeoutError
 from ..result import GroupResult
-from ..text import safe_repr
+from ..text import nearest, safe_repr
 from ..times import to_iso
+from ..transports.base import QueueSize
+
+#: Seconds between two looks of ``queues --watch``.
+WATCH_INTERVAL_S = 2.0
+#: To the first column of a terminal's first line, and nothing below it.
+_CLEAR = "\033[H\033[J"
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -67,10 +74,19 @@ def add_parsers(subparsers: Any) -> None:
     queues = subparsers.add_parser(
         "queues",
         help="show how many messages are where",
-        epilog="example:\n  python -m miniq -A proj queues --json",
+        epilog="examples:\n"
+        "  python -m miniq -A proj queues --json\n"
+        "  python -m miniq -A proj queues --watch 5",
     )
     queues.set_defaults(run=run_queues)
     queues.add_argument("--json", action="store_true", help="print as JSON")
+    queues.add_argument(
+        "-a", "--all", action="store_true", help="those of single processes too: commands, replies, events"
+    )
+    queues.add_argument(
+        "--watch", type=float, nargs="?", const=WATCH_INTERVAL_S, metavar="SECONDS",
+        help=f"look again and again, so often (default {WATCH_INTERVAL_S:g}), until interrupted",
+    )  # fmt: skip
 
     dead = subparsers.add_parser(
         "dead",
@@ -90,7 +106,8 @@ def add_parsers(subparsers: Any) -> None:
 
 def run_call(app: Any, options: argparse.Namespace) -> int:
     """Send a task; wait for its result if asked to."""
-    args, kwargs = _json(options.args, "--args", list), _json(options.kwargs, "--kwargs", dict)
+    args = json_argument(options.args, "--args", list)
+    kwargs = json_argument(options.kwargs, "--kwargs", dict)
     expires: Any = options.expires
     try:
         expires = float(expires) if expires else None
@@ -117,9 +134,18 @@ def run_call(app: Any, options: argparse.Namespace) -> int:
 
 def run_result(app: Any, options: argparse.Namespace) -> int:
     """Print what is known of a task."""
+    try:
+        return _print_result(app, options)
+    except NotImplementedError as error:  # as the library has it, where there is no result backend
+        raise MiniqError(f"{error}, or give it before the command: --result-backend URL") from error
+
+
+def _print_result(app: Any, options: argparse.Namespace) -> int:
     result = app.AsyncResult(options.id)
     if options.task:
         app.import_modules()
+        if options.task not in app.tasks:
+            raise MiniqError(_no_task(options.task, app.tasks))
         result = app.tasks[options.task].AsyncResult(options.id)
     if options.watch:
         result = _saved_group(app, options.id) or result
@@ -147,6 +173,12 @@ def run_result(app: Any, options: argparse.Namespace) -> int:
             else "PENDING: nothing is known of this id (yet, or any more)"
         )
     return int(options.watch and state != "SUCCESS")
+
+
+def _no_task(name: str, known: Iterable[str]) -> str:
+    hint = nearest(name, known)
+    advice = f" (did you mean {hint!r}?)" if hint else ""
+    return f"there is no task {name!r}{advice}; is its app given with -A?"
 
 
 def _saved_group(app: Any, group_id: str) -> Optional[GroupResult]:
@@ -177,18 +209,60 @@ def run_purge(app: Any, options: argparse.Namespace) -> int:
 
 
 def run_queues(app: Any, options: argparse.Namespace) -> int:
-    """Print the sizes of all queues."""
-    sizes = app.producer.transport.sizes(app.router.queues)
-    if options.json:
-        print(json.dumps([size._asdict() for size in sizes]))
+    """Print the sizes of all queues, once or again and again."""
+    if options.watch is None:
+        _print_sizes(_sizes(app, options.all), options.json)
         return 0
-    rows = [("queue", "ready", "waiting", "unacked", "oldest")]
+    redraw = sys.stdout.isatty() and not options.json
+    try:
+        while True:
+            try:
+                sizes = _sizes(app, options.all)
+            except OperationalError as error:
+                print(f"{time.strftime('%H:%M:%S')}  {error}", file=sys.stderr, flush=True)
+            else:
+                if redraw:
+                    print(f"{_CLEAR}{time.strftime('%H:%M:%S')}")
+                if redraw or options.json:
+                    _print_sizes(sizes, options.json)
+                else:
+                    print(time.strftime("%H:%M:%S"), *map(_size_as_text, sizes), sep="  ")
+                sys.stdout.flush()
+            time.sleep(max(options.watch, 0.05))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _sizes(app: Any, with_private: bool) -> List[QueueSize]:
+    found: List[QueueSize] = app.producer.transport.sizes(app.router.queues)
+    return [size for size in found if with_private or not is_private(size.queue)]
+
+
+def is_private(queue: str) -> bool:
+    """Say whether a queue is one process' own: for commands, replies or events."""
+    return queue.endswith(".pidbox") or queue.startswith("celeryev.")
+
+
+def _print_sizes(sizes: Sequence[QueueSize], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([size._asdict() for size in sizes]))
+        return
+    rows: List[Tuple[str, ...]] = [("queue", "ready", "waiting", "unacked", "consumers", "oldest")]
     for size in sizes:
         age = "" if size.oldest_s is None else f"{size.oldest_s:.0f} s"
-        counts = ("-" if count is None else str(count) for count in size[1:4])
-        rows.append((size.queue, *counts, age))
-    _print_table(rows)
-    return 0
+        counts = (size.ready, size.waiting, size.unacked, size.consumers)
+        rows.append((size.queue, *("-" if count is None else str(count) for count in counts), age))
+    print_table(rows)
+
+
+def _size_as_text(size: QueueSize) -> str:
+    """Return a queue's numbers for a line that holds several queues."""
+    named = (("ready", size.ready), ("waiting", size.waiting), ("unacked", size.unacked),
+             ("consumers", size.consumers))  # fmt: skip
+    told = [f"{count} {name}" for name, count in named if count is not None]
+    if size.oldest_s is not None:
+        told.append(f"oldest {size.oldest_s:.0f} s")
+    return f"{size.queue}: {', '.join(told)}"
 
 
 def run_dead(app: Any, options: argparse.Namespace) -> int:
@@ -222,7 +296,7 @@ def run_dead(app: Any, options: argparse.Namespace) -> int:
                         letter.reason,
                     )
                 )
-            _print_table(rows)
+            print_table(rows)
         return 0
     if not options.id:
         raise MiniqError(f"dead {options.action}: which? Give ids of `dead list`, or all")
@@ -252,7 +326,8 @@ def _dead_as_dict(letter: Any) -> Any:
     }
 
 
-def _json(text: str, flag: str, kind: type) -> Any:
+def json_argument(text: str, flag: str, kind: type) -> Any:
+    """Return the value of a flag that takes JSON of a kind; `MiniqError` says what is wrong with it."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -262,7 +337,8 @@ def _json(text: str, flag: str, kind: type) -> Any:
     return value
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns as wide as their longest cell."""
     widths: List[int] = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

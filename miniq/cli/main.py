@@ -18,7 +18,8 @@ from .. import __version__
 from ..app import MiniQ
 from ..exceptions import MiniqError
 from ..text import import_module, import_object, is_missing, mask_urls, nearest
-from . import amqp, commands, worker
+from . import daemon
+from .health import command_of
 
 PROGRAM = "python -m " + (__package__ or "miniq.cli").rpartition(".")[0]
 EPILOG = """\
@@ -76,8 +77,36 @@ GLOBAL_OPTIONS = frozenset(
 )
 
 
-def build_parser() -> Parser:
-    """Return the parser of the whole command line."""
+#: Command -> "module:function", which adds it, and others of its module, to the parser.
+COMMANDS = {
+    "worker": ".worker:add_parser",
+    "beat": ".beat:add_parsers",
+    "schedule": ".beat:add_parsers",
+    "multi": ".multi:add_parser",
+    "call": ".commands:add_parsers",
+    "result": ".commands:add_parsers",
+    "queues": ".commands:add_parsers",
+    "purge": ".commands:add_parsers",
+    "dead": ".commands:add_parsers",
+    "inspect": ".control:add_parsers",
+    "control": ".control:add_parsers",
+    "status": ".control:add_parsers",
+    "events": ".events:add_parser",
+    "health": ".health:add_parser",
+    "migrate": ".migrate:add_parser",
+    "amqp": ".amqp:add_parser",
+    "list": ".report:add_parsers",
+    "report": ".report:add_parsers",
+    "graph": ".report:add_parsers",
+    "shell": ".shell:add_parser",
+    "logtool": ".logtool:add_parser",
+    "upgrade": ".upgrade:add_parser",
+    "completion": ".completion:add_parser",
+}
+
+
+def build_parser(command: Optional[str] = None) -> Parser:
+    """Return the parser of the whole command line, or of what `command` needs of it."""
     parser = Parser(prog=PROGRAM, description="miniq: a task queue.", epilog=EPILOG)
     parser.add_argument("-A", "--app", help="where the app is: module:attribute, or a module or package")
     parser.add_argument("-b", "--broker", help="URL of the broker (over the app's setting)")
@@ -86,11 +115,13 @@ def build_parser() -> Parser:
     parser.add_argument("--workdir", help="change to this folder first")
     parser.add_argument("-C", "--no-color", action="store_true", help="no colours")
     parser.add_argument("-q", "--quiet", action="store_true", help="no banner")
+    parser.set_defaults(whole_parser=parser)
     parser.add_argument("--version", action="version", version=f"miniq {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    worker.add_parser(subparsers)
-    commands.add_parsers(subparsers)
-    amqp.add_parser(subparsers)
+    # One command's modules where it is known which, as all of them take longer than most have to do.
+    known = COMMANDS.get(command or "")
+    for target in dict.fromkeys(COMMANDS.values()) if known is None else (known,):
+        import_object(target, package=__package__)(subparsers)
     return parser
 
 
@@ -107,9 +138,11 @@ def main(argv: Optional[Sequence[str]] = None, app: Optional[MiniQ] = None) -> i
 
 
 def _run(argv: Optional[Sequence[str]], app: Optional[MiniQ]) -> int:
-    parser = build_parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    command = command_of(words)
+    parser = build_parser(None if command == "completion" else command)
     try:
-        options = parser.parse_args(argv)
+        options = parser.parse_args(words)
     except SystemExit as leaving:  # --help, --version, or a wrong command line
         return int(leaving.code or 0)
     if options.command is None:
@@ -127,7 +160,14 @@ def _run(argv: Optional[Sequence[str]], app: Optional[MiniQ]) -> int:
     with warnings.catch_warnings():
         _show_own_warnings_as_lines()
         try:
-            app = app or load_app(options.app or os.environ.get("APP"), options.command == "worker")
+            if getattr(options, "detach", False) and not options.detached:
+                return _detach(words, app, options)
+            daemon.become(options)
+            if getattr(options, "needs_app", True):
+                name = options.app or os.environ.get("APP")
+                app = app or load_app(name, options.command in ("worker", "beat"))
+            else:
+                app = app or MiniQ("default")
             configure(app, options)
             code: int = options.run(app, options)
             return code
@@ -139,6 +179,12 @@ def _run(argv: Optional[Sequence[str]], app: Optional[MiniQ]) -> int:
             if not _is_of_import_by_name(error):
                 raise  # the user's own code failed: the traceback tells where
             return fail(error)
+
+
+def _detach(words: Sequence[str], app: Optional[MiniQ], options: argparse.Namespace) -> int:
+    if app is not None:
+        raise MiniqError("--detach starts a new Python, which must find the app: give it with -A")
+    return daemon.detach(words, PROGRAM.rpartition(" ")[2], options.executable)
 
 
 def _is_of_import_by_name(error: BaseException) -> bool:
@@ -194,7 +240,8 @@ def load_app(name: Optional[str], needed: bool) -> MiniQ:
     if not name:
         if needed:
             raise MiniqError(
-                "a worker needs to know its app: give it with -A, for example -A proj or -A proj.tasks:app"
+                "workers and beat need to know their app: give it with -A, for example -A proj"
+                " or -A proj.tasks:app"
             )
         return MiniQ("default")
     if ":" in name:

@@ -10,16 +10,16 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List
 
 from .. import __version__
 from ..exceptions import MiniqError
 from ..log import level_number
 from ..pools.base import POOLS
-from ..text import expand_file_name, mask_url
+from ..text import mask_url
 from ..worker.worker import Worker
+from . import daemon
 
-EX_CANTCREAT = 73
 #: The same signal again within this many seconds is one that came twice: once to the process and once
 #: to its group, as `timeout`, shells and some init programs send it.
 TWICE_S = 0.2
@@ -46,7 +46,6 @@ examples:
 WITHOUT_EFFECT = {
     "--without-gossip": "workers here do not gossip",
     "--without-mingle": "revocations are kept by the broker",
-    "--without-heartbeat": "no heartbeat events are sent",
 }
 
 
@@ -72,6 +71,8 @@ def add_parser(subparsers: Any) -> None:
         help="log to this file; %%p node name, %%n %%h its parts, %%i %%I number of the child",
     )
     add("--pidfile", help="write the process id here; refuse to start when it names a living process")
+    daemon.add_health_file(parser)
+    daemon.add_arguments(parser)
     add("-O", dest="optimization", choices=("default", "fair"), help="accepted; the pool is always fair")
     add("--time-limit", type=_seconds, help="hard time limit in seconds, for tasks that have none")
     add("--soft-time-limit", type=_seconds, help="soft time limit in seconds, for tasks that have none")
@@ -85,7 +86,13 @@ def add_parser(subparsers: Any) -> None:
     add("--disable-prefetch", action="store_true", help="the same as --prefetch-multiplier=1")
     add("--autoscale", type=_autoscale, metavar="MAX,MIN", help="grow and shrink the pool with the load")
     add("--purge", "--discard", action="store_true", help="delete what waits in the queues first")
-    add("-B", "--beat", action="store_true", help="not available: this version has no scheduler")
+    add("-B", "--beat", action="store_true", help="send periodic tasks as well (see the command beat)")
+    add("-s", "--schedule-filename", "--schedule", metavar="FILE", help="with -B: the file of its state")
+    add("--scheduler", help="with -B: name or class of the scheduler")
+    add("-E", "--task-events", "--events", action="store_true", help="tell what becomes of tasks (events)")
+    add("--without-heartbeat", action="store_true", help="do not tell every now and then that it lives")
+    add("--heartbeat-interval", type=_seconds, metavar="SECONDS", help="between two heartbeats (default 2)")
+    add("-S", "--statedb", metavar="FILE", help="accepted without effect: the broker keeps revocations")
     for flag, why in WITHOUT_EFFECT.items():
         add(flag, action="store_true", help=f"accepted without effect: {why}")
 
@@ -126,11 +133,8 @@ def _autoscale(text: str) -> "tuple[int, int]":
 
 def run(app: Any, options: argparse.Namespace) -> int:
     """Run a worker until it is told to stop; return the exit code."""
-    if options.beat:
-        raise MiniqError(
-            "-B: this version has no scheduler (beat); start the worker without -B and send periodic tasks"
-            " from cron or a timer"
-        )
+    if not options.beat and (options.schedule_filename or options.scheduler):
+        raise MiniqError("-s and --scheduler belong to -B: give that too, or run the command beat")
     level_number(options.loglevel)  # before anything is imported
     if options.include:
         app.conf.update({"include": [*app.conf.include, *_names(options.include)]}, "the command line")
@@ -150,11 +154,19 @@ def run(app: Any, options: argparse.Namespace) -> int:
         autoscale=options.autoscale,
         purge=options.purge,
         log=log_options(app, options),
+        beat=options.beat and {"schedule": options.schedule_filename, "scheduler": options.scheduler},
+        task_events=options.task_events or None,
+        without_heartbeat=options.without_heartbeat,
+        heartbeat_interval=options.heartbeat_interval,
+        health_file=daemon.health_file(options, app.conf.worker_health_file, options.hostname or "celery@%h"),
     )
-    with pid_file(options.pidfile, worker.hostname) as remove_pid_file:
+    daemon.check_privileges(app.conf.accept_content)
+    with daemon.pid_file(options.pidfile, worker.hostname) as remove_pid_file:
 
         def leave_now(code: int) -> None:
             remove_pid_file()
+            if worker.life_sign is not None:
+                worker.life_sign.stop()
             os._exit(code)
 
         worker.on_stuck = leave_now
@@ -170,6 +182,7 @@ def run(app: Any, options: argparse.Namespace) -> int:
             with signals_to(worker, leave_now):
                 if not options.quiet:
                     print(banner(worker, options), file=stderr, flush=True)
+                daemon.let_go(options, worker.hostname)
                 return worker.run()
         finally:
             setup.undo()
@@ -184,7 +197,7 @@ def log_options(app: Any, options: argparse.Namespace) -> Dict[str, Any]:
     conf = app.conf
     return {
         "level": options.loglevel,
-        "logfile": options.logfile,
+        "logfile": daemon.log_file(options),
         "color": False if options.no_color else conf.worker_log_color,
         "hijack": conf.worker_hijack_root_logger,
         "redirect_stdouts": conf.worker_redirect_stdouts,
@@ -257,72 +270,3 @@ def signals_to(worker: Worker, leave_now: Callable[[int], None]) -> Iterator[Non
             signal.signal(number, handler)
         if stacks is not None:
             faulthandler.unregister(stacks)
-
-
-@contextmanager
-def pid_file(path: Optional[str], node: str) -> Iterator[Callable[[], None]]:
-    """Hold a pid file while the block runs; exit with 73 when a living process holds it.
-
-    Yields what removes it before time.
-    """
-    if not path:
-        yield lambda: None
-        return
-    path = expand_file_name(path, node)
-    owner = _read_pid(path)
-    # Our own number: in a container each start has the same one.
-    if owner is not None and owner != os.getpid() and _is_alive(owner):
-        raise _cannot_create(f"the pid file {path} belongs to process {owner}, which is alive")
-    try:
-        if os.path.exists(path):
-            os.unlink(path)
-            print(
-                f"Warning: the pid file {path} was left by a process that is gone; replaced", file=sys.stderr
-            )
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        raise _cannot_create(f"the pid file {path} was just made by another process") from None
-    except OSError as error:
-        raise _cannot_create(f"cannot make the pid file {path}: {error.strerror}") from None
-    with os.fdopen(handle, "w") as file:
-        file.write(f"{os.getpid()}\n")
-
-    def remove() -> None:
-        if _read_pid(path) == os.getpid():
-            os.unlink(path)
-
-    try:
-        yield remove
-    finally:
-        remove()
-
-
-def _cannot_create(why: str) -> SystemExit:
-    print(f"Error: {why}", file=sys.stderr)
-    return SystemExit(EX_CANTCREAT)
-
-
-def _read_pid(path: str) -> Optional[int]:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return int(file.read(32))
-    except (OSError, ValueError):
-        return None
-
-
-def _is_alive(pid: int) -> bool:
-    if not 0 < pid < 1 << 31:
-        return False
-    if sys.platform == "win32":  # there, os.kill would end the process
-        import ctypes
-
-        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-        ctypes.windll.kernel32.CloseHandle(handle)
-        return bool(handle)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # alive, but not ours
-    return True

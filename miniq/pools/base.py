@@ -170,6 +170,10 @@ class Pool:
         """Remove `n` slots (at least one stays); busy ones go when their job is done."""
         raise NotImplementedError
 
+    def restart(self) -> bool:
+        """Replace all processes, busy ones when their job is done; False: there are none to replace."""
+        return False
+
     def pids(self) -> List[int]:
         """Return the process ids of live children; empty where there are none."""
         raise NotImplementedError

@@ -295,6 +295,13 @@ class PreforkPool(Pool):
         for child in staying[: max(0, len(staying) - self._size)]:
             self._retire(child)
 
+    def restart(self) -> bool:
+        """Replace all children, busy ones when their job is done."""
+        for child in [child for child in self._children if not child.retiring]:
+            self._retire(child)
+        self._fill()
+        return True
+
     def pids(self) -> List[int]:
         """Return the process ids of children whose end was not collected yet; leave that to the pool."""
         return sorted(child.pid for child in self._children)

@@ -117,7 +117,8 @@ class AmqpTransport(Transport):
                 if error.code != 404:
                     raise refused(error, f"queue {name!r}") from error
             else:
-                found.append(QueueSize(name, reply["message_count"], None, None, None))
+                consumers = reply["consumer_count"]
+                found.append(QueueSize(name, reply["message_count"], None, None, None, consumers))
         return found
 
     def revoke(self, task_ids: Iterable[str], until: float) -> None:

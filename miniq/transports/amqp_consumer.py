@@ -304,6 +304,10 @@ class AmqpConsumer(Consumer):
     def next_due(self) -> Optional[float]:
         return self._later[0][0] if self._later else None
 
+    def not_due(self, limit: int) -> List[Tuple[float, Delivery]]:
+        """Those that are here; what waits in the server's queues nobody can look at."""
+        return [(due, held.delivery) for due, _, held in heapq.nsmallest(limit, self._later)]
+
     # -- what the server says
 
     def _on_event(self, event: Any) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..connections.starts import StartJournal
 from ..exceptions import ImproperlyConfigured
@@ -64,13 +64,14 @@ class Publication(NamedTuple):
 
 
 class QueueSize(NamedTuple):
-    """How a queue stands: counts of messages, and the age of the oldest ready one; None = not told."""
+    """How a queue stands: messages, the age of the oldest ready one, workers; None = not told."""
 
     queue: str
     ready: int
     waiting: Optional[int]  #: not due yet
     unacked: Optional[int]  #: held or run by workers
     oldest_s: Optional[float]
+    consumers: Optional[int] = None  #: living workers that take from it
 
 
 class DeadLetter(NamedTuple):
@@ -231,6 +232,13 @@ class Consumer:
 
     def next_due(self) -> Optional[float]:
         """Return when the next waiting message is due (epoch seconds), None if there is none."""
+        raise NotImplementedError
+
+    def not_due(self, limit: int) -> List[Tuple[float, Delivery]]:
+        """Return messages of its queues that wait to be due, with when (epoch seconds), soonest first.
+
+        To be looked at only, and as far as the broker can show them: the deliveries are nobody's.
+        """
         raise NotImplementedError
 
     def start_journal(self) -> Optional[StartJournal]:

@@ -10,6 +10,7 @@ is played with `MemoryBroker.owner_lost`.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import socket
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
@@ -139,7 +140,8 @@ class MemoryTransport(Transport):
                 entry[0 if row.state == READY else 1 if row.state == WAITING else 2] += 1
                 if row.state == READY:
                     entry[3] = max(entry[3] or 0.0, now - row.due)
-            return [QueueSize(name, *counts[name]) for name in sorted(counts)]
+            taking = [name for owner in broker.owners.values() if owner.alive for name in owner.queues]
+            return [QueueSize(name, *(*counts[name], taking.count(name))) for name in sorted(counts)]
 
     def revoke(self, task_ids: Iterable[str], until: float) -> None:
         with self.broker as broker:
@@ -255,6 +257,23 @@ class MemoryConsumer(Consumer):
         with self._broker as broker:
             row = broker.first_waiting()
             return None if row is None else row.due
+
+    def not_due(self, limit: int) -> List[Tuple[float, Delivery]]:
+        now = self._wall()
+        with self._broker as broker:
+            rows = heapq.nsmallest(
+                limit,
+                (
+                    row
+                    for row in broker.rows.values()
+                    if row.state == WAITING and row.queue in self._queues and row.due > now
+                ),
+                key=lambda row: row.due,
+            )
+            return [
+                (row.due, Delivery(row.message, None, row.queue, row.exchange, row.routing_key))
+                for row in rows
+            ]
 
     # -- taking
 

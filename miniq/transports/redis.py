@@ -37,7 +37,7 @@ from typing import (
 )
 
 from ..connections.redis import Options
-from ..connections.redis_session import pipeline
+from ..connections.redis_session import pairs_of, pipeline
 from ..exceptions import ImproperlyConfigured
 from ..routing import Queue, key_matches
 from .base import DeadLetter, Publication, QueueSize, Transport, what_is_unroutable
@@ -235,12 +235,14 @@ class RedisTransport(Transport):
         layout = self.link.layout
         with self.link.using() as connection:
             names = sorted(name.decode() for name in connection.call("HKEYS", layout.queues))
-            owners = [name.decode() for name in connection.call("HKEYS", layout.owners)]
+            pairs = pairs_of(connection.call("HGETALL", layout.owners))
+            owners = [name.decode() for name, _ in pairs]
             commands: List[Sequence[Any]] = [("HVALS", layout.held(owner)) for owner in owners]
             for name in names:
                 commands += [("LLEN", key) for key in layout.lists(name)]
                 commands += [("LINDEX", key, -1) for key in layout.lists(name)]
                 commands.append(("ZCARD", layout.parked(name)))
+            commands += [("EXISTS", layout.alive(owner)) for owner in owners]
             found = pipeline(connection, commands) if commands else []
         queue_of = {key: name for name in names for key in layout.lists(name)}
         held = dict.fromkeys(names, 0)
@@ -250,13 +252,16 @@ class RedisTransport(Transport):
                 if queue is not None:
                     held[queue] += 1
         now, steps, at = self.link.wall(), len(layout.steps), len(owners)
+        alive = zip(pairs, found[len(found) - len(owners) :])
+        taking = [name for (_, info), is_alive in alive if is_alive for name in _queues_of(info)]
         sizes = []
         for name in names:
             counts, firsts = found[at : at + steps], found[at + steps : at + 2 * steps]
             ages = [now - moment for moment in map(published_in, firsts) if moment is not None]
-            sizes.append(
-                QueueSize(name, sum(counts), found[at + 2 * steps], held[name], max(ages) if ages else None)
-            )
+            oldest_s = max(ages) if ages else None
+            waiting = found[at + 2 * steps]
+            size = QueueSize(name, sum(counts), waiting, held[name], oldest_s, taking.count(name))
+            sizes.append(size)
             at += 2 * steps + 1
         return sizes
 
@@ -329,6 +334,14 @@ class RedisTransport(Transport):
             consumer.close()
         self.link.close()
         self._declared.clear()
+
+
+def _queues_of(info: bytes) -> List[str]:
+    """Return the queues that an owner takes from, as it says."""
+    try:
+        return [str(name) for name in json.loads(info)["queues"]]
+    except (ValueError, TypeError, KeyError):
+        return []
 
 
 def _portions(items: List[bytes]) -> Iterator[List[bytes]]:

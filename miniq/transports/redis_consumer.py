@@ -299,6 +299,30 @@ class RedisConsumer(Consumer):
         later = self._heard_later[0][0] if self._heard_later else None
         return min((due for due in (self._due, later) if due is not None), default=None)
 
+    def not_due(self, limit: int) -> List[Tuple[float, Delivery]]:
+        names = [name for name, queue in self._queues.items() if not is_fanout(queue)]
+        now = repr(self._wall())
+        with self._link.using() as connection:
+            parts = connection.pipeline(
+                [
+                    ("ZRANGEBYSCORE", self._layout.parked(name), now, "+inf", "WITHSCORES", "LIMIT", 0, limit)
+                    for name in names
+                ]
+            )
+        heard = ((due, held.delivery) for due, _, held in self._heard_later)
+        found = [(due, delivery) for due, delivery in heard if delivery is not None]
+        for name, members in zip(names, parts):
+            for member, due in _scores(members):
+                try:
+                    opened = decode_envelope(member.partition(b"\0")[2])
+                except ValueError as error:
+                    logger.debug("queue %s: what waits there is no message: %s", name, error)
+                    continue
+                queue, exchange, key = opened.queue or name, opened.exchange, opened.routing_key
+                found.append((due, Delivery(opened.message, None, queue, exchange, key, opened.starts)))
+        found.sort(key=lambda one: one[0])
+        return found[:limit]
+
     # -- taking
 
     def _arrange(self) -> None:
@@ -744,6 +768,14 @@ def is_fanout(queue: Queue) -> bool:
 
 def _number_of(id_: str) -> int:
     return int(id_.rpartition(":")[2])
+
+
+def _scores(found: Any) -> List[Tuple[bytes, float]]:
+    """Return members and scores of a range WITHSCORES, RESP2 or RESP3."""
+    if not found or isinstance(found, Exception):
+        return []
+    pairs = found if isinstance(found[0], list) else zip(found[::2], found[1::2])
+    return [(member, float(score)) for member, score in pairs]
 
 
 def _first_score(found: Any) -> Optional[float]:

@@ -92,6 +92,10 @@ _FALL_DUE = (
     f" ORDER BY due LIMIT {BATCH})"
 )
 _NEXT_DUE = f"SELECT min(due) FROM messages INDEXED BY waiting WHERE state={WAITING}"
+_NOT_DUE = (
+    "SELECT due, exchange, routing_key, deliveries, envelope, body FROM messages INDEXED BY waiting"
+    f" WHERE state={WAITING} AND due>? AND queue=? ORDER BY due LIMIT ?"
+)
 _RESERVE = f"UPDATE messages SET state={RESERVED}, owner=?, token=NULL WHERE id=?"
 _START_CLAIMED = "UPDATE messages SET state=?, token=?, owner=?, deliveries=deliveries+1 WHERE id=?"
 # A row number is used again when the last row is gone; together with `due` it is this message's.
@@ -285,7 +289,14 @@ class SQLiteTransport(Transport):
                 entry[place] += count
                 if place == 0:
                     entry[3] = max(0.0, now - oldest)
-        return [QueueSize(name, *counts[name]) for name in sorted(counts)]
+        locks = OwnerLocks.of(db.path)
+        taking = [
+            name
+            for owner, names in db.read("SELECT id, queues FROM owners")
+            if locks.is_alive(owner)
+            for name in json.loads(names)
+        ]
+        return [QueueSize(name, *(*counts[name], taking.count(name))) for name in sorted(counts)]
 
     def revoke(self, task_ids: Iterable[str], until: float) -> None:
         db = self._database()
@@ -453,6 +464,17 @@ class SQLiteConsumer(Consumer, Participant):
     def next_due(self) -> Optional[float]:
         due: Optional[float] = self._db.read(_NEXT_DUE)[0][0]
         return due
+
+    def not_due(self, limit: int) -> List[Tuple[float, Delivery]]:
+        now = self._wall()
+        found = []
+        for name in self._queues:
+            for due, exchange, key, deliveries, envelope, body in self._db.read(_NOT_DUE, (now, name, limit)):
+                message, sound = _message(envelope, body)
+                if sound:
+                    found.append((due, Delivery(message, None, name, exchange or "", key or "", deliveries)))
+        found.sort(key=lambda one: one[0])
+        return found[:limit]
 
     # -- taking
 

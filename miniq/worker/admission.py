@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from .. import signals, states
 from ..backends.base import Backend
+from ..control import number_from_environment
 from ..coroutines import is_coroutine_function
 from ..exceptions import (
     BackendError,
@@ -35,10 +36,30 @@ from .settlement import Batch, Settler
 
 logger = get_logger(__name__)
 
-#: How many revoked ids a worker remembers; the broker keeps them too, where it can.
+#: How many revoked ids a worker remembers, unless ``CELERY_WORKER_REVOKES_MAX`` says so; the broker keeps
+#: them too, where it can.
 REVOKES_MAX = 50_000
+#: How many names of stamps with revoked values it remembers.
+MOST_STAMPS = 50
 #: A message over the rate limit is looked at again after this at the latest: the limit may be lifted.
 LONGEST_PARK_S = 3600.0
+
+
+def stamp_values(value: Any) -> List[Any]:
+    """Return the values of a stamp: itself, or its elements; each can be a key."""
+    values = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    return [one if isinstance(one, (str, int, float, type(None))) else repr(one) for one in values]
+
+
+def matching_stamps(headers: Mapping[str, Any], wanted: Mapping[str, Any]) -> Dict[str, List[Any]]:
+    """Return those stamps of a message that are among `wanted` (name -> container of values)."""
+    stamps, found = headers.get("stamps"), {}
+    if isinstance(stamps, dict):
+        for name in wanted.keys() & stamps.keys():
+            same = [value for value in stamp_values(stamps[name]) if value in wanted[name]]
+            if same:
+                found[name] = same
+    return found
 
 
 class Pace:
@@ -95,6 +116,9 @@ class Admission:
         self.deduplicate: bool = app.conf.worker_deduplicate_successful_tasks
         #: Revoked id -> until when (epoch seconds).
         self.revoked: Dict[str, float] = {}
+        #: Name of a stamp -> revoked value -> until when.
+        self.revoked_stamps: Dict[str, Dict[Any, float]] = {}
+        self.revokes_max = int(number_from_environment("CELERY_WORKER_REVOKES_MAX", REVOKES_MAX))
         self._policies: Dict[str, TaskPolicy] = {}
         #: Wall clock minus monotonic clock, as last used.
         self._offset_s = 0.0
@@ -132,7 +156,8 @@ class Admission:
         policy = self._policies.get(name) or self._make_policy(name)
         if policy is None:
             raise self._not_registered(delivery, batch)
-        if delivery.fate == "revoked" or (self.revoked and task_id in self.revoked):
+        knows_revoked = self.revoked or self.revoked_stamps
+        if delivery.fate == "revoked" or (knows_revoked and self._is_revoked(task_id, headers)):
             self._drop_revoked(delivery, "revoked", batch)
             return None
         delivery.early = not policy.acks_late
@@ -172,7 +197,9 @@ class Admission:
 
     def still_wanted(self, request: Request, batch: Batch) -> bool:
         """Look once more at a message that waited here for a slot."""
-        why = "revoked" if request.id in self.revoked else "expired" if self.has_expired(request) else ""
+        headers = request.delivery.message.headers
+        is_revoked = self._is_revoked(request.id, headers)
+        why = "revoked" if is_revoked else "expired" if self.has_expired(request) else ""
         if why:
             self._drop_revoked(request.delivery, why, batch)
         return not why
@@ -214,9 +241,13 @@ class Admission:
 
     # -- policies
 
+    def policy_if_known(self, name: str) -> Optional[TaskPolicy]:
+        """Return what is done with messages of a task; None for an unknown one."""
+        return self._policies.get(name) or self._make_policy(name)
+
     def policy(self, name: str) -> TaskPolicy:
         """Return what is done with messages of a task; `NotRegistered` for an unknown one."""
-        found = self._policies.get(name) or self._make_policy(name)
+        found = self.policy_if_known(name)
         if found is None:
             raise NotRegistered(name)
         return found
@@ -283,14 +314,32 @@ class Admission:
         """Do not start these ids until then (epoch seconds)."""
         for task_id in task_ids:
             self.revoked[task_id] = until
-        while len(self.revoked) > REVOKES_MAX:
+        while len(self.revoked) > self.revokes_max:
             del self.revoked[next(iter(self.revoked))]
+
+    def remember_revoked_stamps(self, stamps: Mapping[str, Any], until: float) -> None:
+        """Do not start tasks with one of these stamps (name -> value or values) until then."""
+        for name, values in stamps.items():
+            held = self.revoked_stamps.setdefault(name, {})
+            held.update((value, until) for value in stamp_values(values))
+            while len(held) > self.revokes_max // MOST_STAMPS + 1:
+                del held[next(iter(held))]
+        while len(self.revoked_stamps) > MOST_STAMPS:
+            del self.revoked_stamps[next(iter(self.revoked_stamps))]
+
+    def _is_revoked(self, task_id: str, headers: Mapping[str, Any]) -> bool:
+        if task_id in self.revoked:
+            return True
+        return bool(self.revoked_stamps) and bool(matching_stamps(headers, self.revoked_stamps))
 
     def forget_old_revokes(self) -> None:
         """Drop revocations that are over."""
         now = self.loop.now()
-        for task_id in [one for one, until in self.revoked.items() if until <= now]:
-            del self.revoked[task_id]
+        for held in (self.revoked, *self.revoked_stamps.values()):
+            for one in [one for one, until in held.items() if until <= now]:
+                del held[one]
+        for name in [name for name, held in self.revoked_stamps.items() if not held]:
+            del self.revoked_stamps[name]
 
     # -- what is done with a message that does not start
 
@@ -309,6 +358,10 @@ class Admission:
         reason = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
         if isinstance(task_id, str) and task_id:
             batch.add_ends(self.settler.refused_message(delivery, error))
+            if self.settler.events.enabled:
+                first = safe_repr(error.args[0] if error.args else "", 500)
+                told = {"uuid": task_id, "exception": f"{type(error).__name__}({first})"}
+                batch.after.append(partial(self.settler.events.tell_of_task, "task-failed", told))
         batch.endings.append((None, partial(self.consumer.dead_letter, delivery, reason)))
         text = "Message %s[%s] from queue %s cannot be run and is set aside as a dead letter: %s"
         shown = (safe_repr(headers.get("task"), 200), safe_repr(task_id, 100), delivery.queue, reason)

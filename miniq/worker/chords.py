@@ -72,7 +72,8 @@ class Chords:
         self, group_id: str, parent_id: Any, encoded: bytes, claim: str, backend: Backend, batch: Collecting
     ) -> List[Part]:
         """Add the body, or its failure, to what is settled; return members of other chords that end so."""
-        entries, saved = backend.chord_entries(group_id), backend.load_group(group_id)
+        entries = backend.chord_entries(group_id)
+        saved = None if backend.keeps_no_groups else backend.load_group(group_id)
         ends = body_of(self.app, self.runner, group_id, parent_id, decode_body(encoded), entries, saved)
         batch.publications += ends.followups
         batch.results += ends.results

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ..backends.base import Backend, ClaimLost
 from ..exceptions import BackendError, OperationalError, WorkerLostError
@@ -36,8 +36,9 @@ from ..pools.base import Job, Lost, Pool
 from ..runner import Ends
 from ..trace import Outcome, TaskRunner, ignores_result
 from ..transports.base import Consumer, NotOurs, Transport
-from .admission import Admission
+from .admission import Admission, matching_stamps, stamp_values
 from .chords import Chords
+from .events import WorkerEvents
 from .request import Request
 from .settlement import Batch, Finished, Settler
 
@@ -102,6 +103,7 @@ class TaskConsumer:
         prefetch_multiplier: int = 1,
         time_limit: Optional[float] = None,
         soft_time_limit: Optional[float] = None,
+        events: Optional[WorkerEvents] = None,
     ) -> None:
         self.app = app
         self.loop = loop
@@ -110,13 +112,15 @@ class TaskConsumer:
         self.backend = backend
         self.pool = pool
         self.hostname = hostname
-        self.settler = Settler(app, loop, consumer, runner, hostname, consumer.delivery_limit)
+        self.events = events = WorkerEvents(app, loop, hostname) if events is None else events
+        self.settler = Settler(app, loop, consumer, runner, hostname, consumer.delivery_limit, events)
         self.admission = Admission(
             app, loop, consumer, backend, pool, self.settler, time_limit, soft_time_limit
         )
         self.concurrency = concurrency
         self.prefetch_multiplier = prefetch_multiplier
 
+        self.since_mono = loop.mono()
         self.consuming = False
         self.reserved: Deque[Request] = deque()
         self.running: Dict[int, Request] = {}
@@ -260,6 +264,10 @@ class TaskConsumer:
         self.reserved = deque(reserved)
         self._after_settling(turn)
         self._call_after(batch)
+        if self.events.enabled:
+            for request in ready:
+                self.events.started(request)
+            self.events.handed_ahead(ahead)
         for request in ready:
             self._submit([request], self._submit_one)
         if ahead:
@@ -337,6 +345,9 @@ class TaskConsumer:
                 reserved.append(admitted)
             else:
                 surplus.append(admitted)
+                continue
+            if self.events.enabled and admitted is not None:
+                batch.after.append(partial(self.events.received, admitted))
         if self._refusals >= MOST_REFUSALS and batch.results:
             text = "%d results of messages that do not start here are lost, they cannot be stored"
             batch.after.append(partial(logger.error, text, len(batch.results)))
@@ -491,6 +502,11 @@ class TaskConsumer:
         self._pause_s = min(max(FIRST_PAUSE_S, self._pause_s * 2), LONGEST_PAUSE_S)
         self.schedule()
 
+    @property
+    def away_since_mono(self) -> Optional[float]:
+        """Since when the broker (or the result backend) takes no turn of this worker; None while it does."""
+        return self._trouble_since
+
     def _is_backend_away(self, error: Exception) -> bool:
         """Say whether the result backend could not be reached, and is worth waiting for."""
         if not isinstance(error, BackendError) or not isinstance(error.__cause__, OperationalError):
@@ -586,8 +602,11 @@ class TaskConsumer:
         name = request.name
         self.total[name] = self.total.get(name, 0) + 1
         request.time_start = self.loop.now()
+        run = request.run()
+        if self.events.enabled:
+            run = run._replace(wants_shown=True)
         job = request.job = Job(
-            request.run(),
+            run,
             partial(self._done, request),
             partial(self._on_start, request) if request.policy.track_started else None,
             request.soft_time_limit,
@@ -604,6 +623,7 @@ class TaskConsumer:
 
     def _back(self, request: Request, job: Job) -> None:
         """The pool did not begin it: let whoever is free first have it."""
+        self.events.taken_back(request)
         self._ahead = 0
         self._returned.append(request)
         self.schedule()
@@ -611,6 +631,8 @@ class TaskConsumer:
     def _done(self, request: Request, job: Job, outcome: Union[Outcome, Lost]) -> None:
         if isinstance(outcome, Outcome):
             request.policy.observe(outcome.runtime_s)
+        if self.events.enabled:
+            self.events.ended(request, outcome.runtime_s)
         try:
             one = self.settler.ended(request, outcome)
         except Exception as error:  # named net: hooks and routes are the user's; the message must end
@@ -635,6 +657,23 @@ class TaskConsumer:
             for request in list(self.running.values()):
                 if request.id in wanted and self.revoke_running(request, signal):
                     stopped.append(request.id)
+        self.schedule()
+        return stopped
+
+    def revoke_by_stamps(
+        self, stamps: Mapping[str, Any], until: float, terminate: bool, signal: str
+    ) -> Dict[str, List[Any]]:
+        """Remember revoked stamps; return those of tasks that run here and were (`terminate`) stopped."""
+        self.admission.remember_revoked_stamps(stamps, until)
+        stopped: Dict[str, List[Any]] = {}
+        if terminate:
+            wanted = {name: stamp_values(values) for name, values in stamps.items()}
+            for request in list(self.running.values()):
+                found = matching_stamps(request.delivery.message.headers, wanted)
+                if found and self.revoke_running(request, signal):
+                    for name, values in found.items():
+                        known = stopped.setdefault(name, [])
+                        known += [value for value in values if value not in known]
         self.schedule()
         return stopped
 

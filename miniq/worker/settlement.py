@@ -14,6 +14,7 @@ from typing import Any, Callable, List, Optional, Tuple, Union
 
 from .. import signals, states
 from ..backends.base import Backend, StoredResult
+from ..event import sent_event
 from ..exceptions import (
     MaxRetriesExceededError,
     TaskRevokedError,
@@ -28,9 +29,11 @@ from ..pools.base import Lost
 from ..runner import Ends, Outcome, Part, Start
 from ..serialization import exception_to_dict
 from ..task import Context
+from ..text import safe_repr
 from ..trace import TaskRunner, ignores_result
 from ..transports.base import Consumer, NotOurs, Publication, Transport, pause_after_loss_s
 from .chords import Chords
+from .events import WorkerEvents
 from .request import Request, run_of
 
 logger = get_logger(__name__)
@@ -44,11 +47,12 @@ Call = Callable[[], Any]
 class Finished:
     """A run that has ended, and what is done about it.
 
-    `end` settles the delivery and says whether it was still ours; `after` is called when all that
-    is committed.  `refusals` counts how often broker or backend would not have it.
+    `end` settles the delivery and says whether it was still ours; `after` and then `tell`, which sends
+    its event, are called when all that is committed.  `refusals` counts how often broker or backend would
+    not have it.
     """
 
-    __slots__ = ("request", "ends", "end", "after", "refusals")
+    __slots__ = ("request", "ends", "end", "after", "tell", "refusals")
 
     def __init__(
         self,
@@ -56,11 +60,13 @@ class Finished:
         ends: Ends,
         end: Callable[[], bool],
         after: Optional[Call] = None,
+        tell: Optional[Call] = None,
     ) -> None:
         self.request = request
         self.ends = ends
         self.end = end
         self.after = after
+        self.tell = tell
         self.refusals = 0
 
 
@@ -92,6 +98,8 @@ class Batch:
         self.endings.append((finished.request, finished.end))
         if finished.after is not None:
             self.after.append(finished.after)
+        if finished.tell is not None:
+            self.after.append(finished.tell)
 
     def add_ends(self, ends: Ends) -> None:
         """Add what is settled with a message."""
@@ -111,7 +119,10 @@ class Batch:
             # Not anew: this turn may have been tried before, and its messages sent.
             backend.start_chord(group_id, size, body, expires_s, anew=False)
         if self.publications:
-            transport.publish(self.publications, timeout_s)
+            app, publications = self.chords.app, self.publications
+            if app.conf.task_send_sent_event:
+                publications = publications + [sent_event(app, one) for one in publications]
+            transport.publish(publications, timeout_s)
         if self.results and backend.enabled:
             backend.store(self.results)
             self.stored = True
@@ -132,9 +143,17 @@ class Settler:
     """Decides; one per worker."""
 
     def __init__(
-        self, app: Any, loop: Loop, consumer: Consumer, runner: TaskRunner, hostname: str, delivery_limit: int
+        self,
+        app: Any,
+        loop: Loop,
+        consumer: Consumer,
+        runner: TaskRunner,
+        hostname: str,
+        delivery_limit: int,
+        events: WorkerEvents,
     ) -> None:
         self.app = app
+        self.events = events
         self.loop = loop
         self.consumer = consumer
         self.runner = runner
@@ -155,14 +174,37 @@ class Settler:
         delivery = request.delivery
         ends = Ends(outcome.results, outcome.followups, outcome.parts, outcome.starts)
         action, reason = outcome.action, outcome.reason
+        tell = self._telling(request, outcome) if self.events.enabled else None
         if action == "ack":
             if delivery.early or outcome.state != states.FAILURE or request.policy.acks_on_failure:
                 end = partial(self.consumer.ack, delivery)
-                return Finished(request, ends, end)
+                return Finished(request, ends, end, None, tell)
             action, reason = "reject", "it failed, and acks_on_failure is off"
         end = partial(self.consumer.reject, delivery, action == "requeue", reason)
         after = partial(_send_rejected, request) if signals.task_rejected.receivers else None
-        return Finished(request, ends, end, after)
+        return Finished(request, ends, end, after, tell)
+
+    def _telling(self, request: Request, outcome: Outcome) -> Optional[Call]:
+        """Return what sends the event of a run that has ended; None where there is none."""
+        events, state, (shown, traceback) = self.events, outcome.state, outcome.shown
+        if state == states.SUCCESS:
+            return partial(events.succeeded, request, shown, outcome.runtime_s)
+        if state == states.FAILURE:
+            return partial(events.failed, "task-failed", request, shown, traceback)
+        if state == states.RETRY:
+            return partial(events.failed, "task-retried", request, shown, traceback)
+        if state == states.REJECTED:
+            return partial(events.task, "task-rejected", request, requeue=outcome.action == "requeue")
+        return None
+
+    def _telling_of_loss(self, kind: str, request: Request, error: BaseException) -> Optional[Call]:
+        """Do the same for a run without an outcome."""
+        if not self.events.enabled:
+            return None
+        if kind == "task-rejected":
+            return partial(self.events.task, kind, request, requeue=True)
+        text = f"{type(error).__name__}: {error}\n"
+        return partial(self.events.failed, kind, request, safe_repr(error), text)
 
     def _lost(self, request: Request, error: BaseException) -> Finished:
         """Return what to do about a run whose process could not tell its outcome."""
@@ -179,7 +221,8 @@ class Settler:
         elif late and self.cutting_off:
             self.counts["requeued"] += 1
             logger.warning("Task %s was cut off by the shutdown and goes back to its queue", request)
-            return Finished(request, Ends(), partial(_release, consumer, delivery))
+            tell = self._telling_of_loss("task-rejected", request, error)
+            return Finished(request, Ends(), partial(_release, consumer, delivery), None, tell)
         elif policy.retry_on_worker_lost:
             return self._retried(request, error)
         else:
@@ -187,7 +230,8 @@ class Settler:
         if late and may_run_again:
             return self._started_again(request, error)
         self.counts["lost"] += 1
-        return Finished(request, request.failed_here(self.runner, error), ack)
+        tell = self._telling_of_loss("task-failed", request, error)
+        return Finished(request, request.failed_here(self.runner, error), ack, None, tell)
 
     def _started_again(self, request: Request, error: BaseException) -> Finished:
         """Give a message back whose process was killed; set it aside when that happened too often."""
@@ -201,7 +245,7 @@ class Settler:
         text = "Task %s: %s; it is started again %s (start %d)"
         logger.error(text, request, error, when, starts + 1)
         end = partial(self.consumer.defer, delivery, self.loop.now() + pause_s)
-        return Finished(request, Ends(), end)
+        return Finished(request, Ends(), end, None, self._telling_of_loss("task-rejected", request, error))
 
     def _set_aside(self, request: Request, cause: str, starts: int) -> Finished:
         """Fail a task that keeps killing what runs it; its message stays replayable."""
@@ -211,8 +255,10 @@ class Settler:
             "Task %s is set aside as a dead letter: %s. List it with `%s dead list`, run it"
             " again with `%s dead replay`.", request, text, PROGRAM, PROGRAM,
         )  # fmt: skip
-        made = request.failed_here(self.runner, WorkerLostError(text))
-        return Finished(request, made, partial(self.consumer.dead_letter, request.delivery, text))
+        error = WorkerLostError(text)
+        made = request.failed_here(self.runner, error)
+        tell = self._telling_of_loss("task-failed", request, error)
+        return Finished(request, made, partial(self.consumer.dead_letter, request.delivery, text), None, tell)
 
     def _retried(self, request: Request, error: BaseException) -> Finished:
         """Send a task again whose process died, counted as a retry."""
@@ -222,7 +268,8 @@ class Settler:
         if task.max_retries is not None and retries > task.max_retries:
             self.counts["lost"] += 1
             last = MaxRetriesExceededError(f"Can't retry {request}: {error}")
-            return Finished(request, request.failed_here(self.runner, last), ack)
+            tell = self._telling_of_loss("task-failed", request, last)
+            return Finished(request, request.failed_here(self.runner, last), ack, None, tell)
         self.counts["requeued"] += 1
         logger.error("Task %s: %s; retry %d in %ss", request, error, retries, task.default_retry_delay)
         countdown = task.default_retry_delay
@@ -233,7 +280,7 @@ class Settler:
         if not ignores_result(task, ex.request):
             cause = exception_to_dict(error)
             ends.results.append(self.runner.encode(ex.request, states.RETRY, cause, None, task))
-        return Finished(request, ends, ack)
+        return Finished(request, ends, ack, None, self._telling_of_loss("task-retried", request, error))
 
     # -- a worker died with it, or it may not start
 
@@ -244,7 +291,8 @@ class Settler:
             self.counts["lost"] += 1
             error = WorkerLostError(f"worker {delivery.lost_by} died while it ran the task")
             made = request.failed_here(self.runner, error)
-            return Finished(request, made, partial(self.consumer.ack, delivery))
+            tell = self._telling_of_loss("task-failed", request, error)
+            return Finished(request, made, partial(self.consumer.ack, delivery), None, tell)
         by = (
             f"worker {delivery.lost_by} died while it ran the task"
             if delivery.lost_by
@@ -263,6 +311,7 @@ class Settler:
                 "Task %s: its outcome cannot be settled (%s); it is stored as a failure", request, error
             )
             finished.ends = self.runner.refusal(request.run(), error)
+            finished.tell = self._telling_of_loss("task-failed", request, error)
         else:
             logger.error("Task %s: its result is lost, the backend does not take it: %s", request, error)
             finished.ends = Ends()
@@ -296,6 +345,8 @@ class Settler:
             signals.task_revoked.send(
                 sender=task, request=request, terminated=terminated, signum=signum, expired=expired
             )
+        if self.events.enabled:
+            self.events.revoked(headers["id"], terminated, signum, expired)
 
 
 def _release(consumer: Consumer, delivery: Delivery) -> bool:

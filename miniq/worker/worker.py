@@ -25,17 +25,21 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 from .. import _state, signals
 from ..backends.base import Backend
+from ..beat import Beat
 from ..control import control_queue
 from ..exceptions import BackendError, ImproperlyConfigured, OperationalError
+from ..health import CONSUMING, NO_BROKER, STARTING, STOPPING
+from ..lifesign import LifeSign
 from ..log import LoggingSetup, get_logger, setup_worker_logging
 from ..loop import Loop, Timer
 from ..pools.base import Pool, PoolOptions, pool_class
 from ..routing import Queue
-from ..text import mask_url, node_name
+from ..text import expand_file_name, mask_url, node_name
 from ..trace import TaskRunner
 from ..transports.base import Consumer, Transport
 from .consumer import TaskConsumer
-from .control import Commands
+from .control import NAMESAKE_ADVICE, Commands
+from .events import HEARTBEAT_INTERVAL_S, WorkerEvents
 from .spec import AppRunnerSpec
 
 logger = get_logger(__name__)
@@ -52,6 +56,8 @@ LAST_SETTLE_S = 10.0
 STUCK_S = 5.0
 #: Seconds between two tries to open the broker at the start; the last is repeated.
 START_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+#: What RabbitMQ says of a queue that belongs to another connection (AMQP 0-9-1).
+RESOURCE_LOCKED = 405
 #: Seconds for the main thread to come back from a task that was given up (pool solo).
 MAIN_THREAD_LEAVES_S = 2.0
 #: Seconds for what runs when a container is stopped (process 1), unless a setting says otherwise.
@@ -89,6 +95,11 @@ class Worker:
         transport: Optional[Transport] = None,
         backend: Optional[Backend] = None,
         log: Optional[Dict[str, Any]] = None,
+        health_file: str = "",
+        beat: Union[bool, Dict[str, Any]] = False,
+        task_events: Optional[bool] = None,
+        without_heartbeat: bool = False,
+        heartbeat_interval: Optional[float] = None,
     ) -> None:
         self.app = app
         self.hostname = node_name(hostname or "celery@%h")
@@ -127,11 +138,30 @@ class Worker:
         self.loop = loop if loop is not None else Loop()
         self.log = None if log is None else {"node": self.hostname, **log}
         self._given_transport, self._given_backend = transport, backend
+        if without_heartbeat:
+            heartbeat_interval = None
+        elif heartbeat_interval is None and transport is None:
+            heartbeat_interval = HEARTBEAT_INTERVAL_S
+        #: What it tells of itself and its tasks.
+        self.events = WorkerEvents(
+            app,
+            self.loop,
+            self.hostname,
+            conf.worker_send_task_events if task_events is None else task_events,
+            heartbeat_interval,
+            transport,
+            self._counts,
+        )
+        path = expand_file_name(health_file, self.hostname)
+        #: Shows that the loop turns, where it was given a file.
+        self.life_sign = LifeSign(self.loop, path, self.hostname, "worker", self._state) if path else None
         self.runner = TaskRunner(app, self.hostname)
         self._spec = AppRunnerSpec(app, self.hostname, self.log)
         self.pool = pool if isinstance(pool, Pool) else self._make_pool(
             pool, max_tasks_per_child, max_memory_per_child, start_method
         )  # fmt: skip
+        #: Sends periodic tasks in a thread, where that was asked for; `beat` may hold arguments of `Beat`.
+        self.beat = Beat(app, embedded=True, **(beat if isinstance(beat, dict) else {})) if beat else None
         signals.celeryd_after_setup.send(sender=self.hostname, instance=self, conf=conf)
         self.tasks: TaskConsumer
         self.transport: Transport
@@ -218,6 +248,8 @@ class Worker:
         self._pool_started = True
         self.pool.start(loop, self._on_free)
         self._pool_ready.set()
+        if self.life_sign is not None:
+            self.life_sign.start()
         self.backend = self._given_backend or app.new_backend()
 
     def _open_broker(self) -> Tuple[Consumer, Optional[Consumer]]:
@@ -232,12 +264,35 @@ class Worker:
                 logger.warning("Purged %d messages from queue %s", transport.purge(queue.name), queue.name)
         # What is sent while the rest is tried again shall stay.
         self.purge = False
-        mailbox = None
-        if self.app.conf.worker_enable_remote_control and transport.fanout:
-            mailbox = control_queue(self.hostname)
-            transport.declare(mailbox)
         consumer = transport.consumer(self.hostname, self.queues)
-        return consumer, transport.consumer(self.hostname, [mailbox]) if mailbox else None
+        if not (self.app.conf.worker_enable_remote_control and transport.fanout):
+            return consumer, None
+        try:
+            return consumer, self._hear_commands()
+        except BaseException:
+            _quietly(consumer.close)
+            raise
+
+    def _hear_commands(self) -> Consumer:
+        """Become the consumer of the control queue; of another one where a namesake has that.
+
+        In a file or in memory nobody could tell, and both would share one queue.
+        """
+        suffix = "" if self.app.broker_is_server else os.urandom(4).hex()
+        while True:
+            mailbox = control_queue(self.app, self.hostname, suffix)
+            self.transport.declare(mailbox)
+            try:
+                return self.transport.consumer(self.hostname, [mailbox])
+            except OperationalError as error:
+                if suffix or getattr(error.__cause__, "code", None) != RESOURCE_LOCKED:
+                    raise
+                suffix = os.urandom(4).hex()
+                logger.warning(
+                    "The queue of commands to %s belongs to another worker, or to a connection whose loss the"
+                    " broker has not noticed yet; this one hears them on a queue of its own. %s",
+                    self.hostname, NAMESAKE_ADVICE,
+                )  # fmt: skip
 
     def _open_broker_patiently(self) -> "Optional[Tuple[Consumer, Optional[Consumer]]]":
         """Do the same with a server that is not there yet, or loads its data; None = stopped meanwhile.
@@ -290,7 +345,9 @@ class Worker:
             self.prefetch_multiplier,
             self.time_limit,
             self.soft_time_limit,
+            self.events,
         )
+        self.events.start()
         if commands is not None:
             self.commands = Commands(self, loop, commands)
             self.commands.start()
@@ -304,7 +361,16 @@ class Worker:
         self.tasks.start()
         logger.info("%s ready.", self.hostname)
         self.started.set()
+        if self.life_sign is not None:
+            self.life_sign.show()
+        if self.beat is not None:
+            # Not before the pool's children were made: a fork copies locks that other threads hold.
+            self.beat.start_in_thread()
         signals.worker_ready.send(sender=self)
+
+    def _counts(self) -> Tuple[int, int]:
+        """Return how many tasks run here, and how many have been started."""
+        return len(self.tasks.running), sum(self.tasks.total.values())
 
     def _every(self, interval_s: float, call: Callable[[], None]) -> None:
         slot = len(self._timers)
@@ -314,6 +380,15 @@ class Worker:
             call()
 
         self._timers.append(self.loop.call_later(interval_s, again))
+
+    def _state(self) -> str:
+        """Return the word for the health file."""
+        if self.shutdown is not None:
+            return STOPPING
+        tasks = getattr(self, "tasks", None)
+        if self.start_error is not None or (tasks is not None and tasks.away_since_mono is not None):
+            return NO_BROKER
+        return CONSUMING if self.started.is_set() else STARTING
 
     def _on_free(self) -> None:
         if hasattr(self, "tasks"):
@@ -327,6 +402,9 @@ class Worker:
             if not self.app.conf.broker_connection_retry and self.app.broker_is_server:
                 self._leave_broker(error)
         self._look_for_stuck_tasks()
+        if self.beat is not None and self.beat.failure is not None and self.shutdown is None:
+            self.exitcode = 1
+            self._shut_down("warm", "the end of its beat")
         if os.getpid() == 1:
             self._reap_strangers()
 
@@ -475,6 +553,9 @@ class Worker:
     def _clean(self) -> None:
         for timer in self._timers:
             timer.cancel()
+        if self.life_sign is not None:
+            self.life_sign.stop()
+        _quietly(self.events.close)
         if self.commands is not None:
             _quietly(self.commands.close)
         if hasattr(self, "tasks"):
@@ -483,6 +564,8 @@ class Worker:
             _quietly(self.transport.close)
         if hasattr(self, "backend") and self._given_backend is None:
             _quietly(self.backend.close)
+        if self.beat is not None:
+            self.beat.join()
         self.loop.close()
         signals.worker_shutdown.send(sender=self)
 
@@ -512,6 +595,8 @@ class Worker:
         logger.log(level, "Shutdown (%s)%s: %d tasks running.", how, by, len(self.tasks.running))
         if first:
             self.tasks.stop_taking()
+            if self.beat is not None:
+                self.beat.stop()
         if how == "cold":
             self._lost_before = min(self._lost_before, self.tasks.settler.counts["lost"])
             self.tasks.settler.cutting_off = True

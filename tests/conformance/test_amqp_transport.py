@@ -114,7 +114,7 @@ class AmqpSuite(TransportSuite):
         # Some of the ready ones may be on the way to a consumer, and then are not told as such.
         (size,) = [size for size in transport.sizes(["work"]) if size.queue == "work"]
         assert size.ready <= ready
-        assert size[2:] == (None, None, None)
+        assert size[2:5] == (None, None, None)
         wait_until(
             lambda: self.at_the_server(transport).get("work", 0) == ready + waiting + unacked,
             5,
@@ -373,10 +373,12 @@ class AmqpSuite(TransportSuite):
         self.put(transport, message("held"), message("a"), message("b"))
         (held,) = consumer.poll(1)
         consumer.start([held])
-        assert transport.sizes() == [("work", 2, None, None, None)]
-        assert transport.sizes(["other"]) == [("work", 2, None, None, None)]
+        # Who wants no message just now is no consumer, so that number may be 0 or 1.
+        work = ("work", 2, None, None, None)
+        assert [size[:5] for size in transport.sizes()] == [work]
+        assert [size[:5] for size in transport.sizes(["other"])] == [work]
         transport.declare(OTHER)
-        assert transport.sizes() == [("other", 0, None, None, None), ("work", 2, None, None, None)]
+        assert [size[:5] for size in transport.sizes()] == [("other", 0, None, None, None), work]
         assert transport.purge("work") == 2
         assert transport.purge("work") == 0
         assert transport.purge("not there") == 0

@@ -654,10 +654,10 @@ class TransportSuite:
         self.put(transport, message("c", eta=clock.now + 60), message("held"), message("a"), message("b"))
         consumer.start(consumer.poll(1))
         clock.now += 7
-        assert transport.sizes() == [("work", 2, 1, 1, 7.0)]
+        assert transport.sizes() == [("work", 2, 1, 1, 7.0, 1)]
         assert transport.purge("work") == 3
         assert transport.purge("work") == 0
-        assert transport.sizes() == [("work", 0, 0, 1, None)]
+        assert transport.sizes() == [("work", 0, 0, 1, None, 1)]
 
     # -- transactions
 

@@ -130,9 +130,9 @@ class Fleet:
         broker, backend = self.urls(space)
         variables = {BROKER: broker, BACKEND: backend, FOLDER: str(self.folder), MORE: json.dumps(more)}
         env = environment(HERE, HERE.parent, **variables)
+        env["C_FORCE_ROOT"] = "1"  # containers of CI run as root; without it there is no pickle
         if kind == "celery":
             del env["PYTHONWARNINGS"]  # Celery's are its own business
-            env["C_FORCE_ROOT"] = "1"  # containers of CI run as root; without it there is no pickle
         command = [kind, "-A", f"{kind}_app:app", "worker", "-l", "INFO", "-n", f"{name}@interop", *args]
         if queues:
             command += ["-Q", queues]

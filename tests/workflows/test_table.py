@@ -18,9 +18,13 @@ from table_stage import NOBODY, TIMEOUT_S, Stage, first_of
 from waiting import wait_until
 
 from miniq import GroupResult, MiniQ, chain, chord, chunks, group, signature
+from miniq.backends.base import ChordPart
+from miniq.backends.rpc_chords import ChordQueues
 from miniq.canvas import StampingVisitor
 from miniq.exceptions import ChordError, EncodeError, ImproperlyConfigured, TaskRevokedError, UnknownOption
+from miniq.flow import part_of
 from miniq.plan import Plan
+from miniq.task import Context
 
 _serial = itertools.count(1)
 
@@ -28,8 +32,6 @@ NEAR = ("memory", "sqlite")
 FAR = ("redis", "rabbit+redis", "rabbit+rpc")
 #: For a case that is played over every pair.
 everywhere = pytest.mark.parametrize("stage", NEAR + FAR, indirect=True)
-#: For one that needs a store which counts the members of chords.
-where_chords_are_counted = pytest.mark.parametrize("stage", NEAR + FAR[:2], indirect=True)
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
@@ -238,7 +240,7 @@ def test_groups_in_a_row(stage: Stage) -> None:
 # -- chords ----------------------------------------------------------------------------------------
 
 
-@where_chords_are_counted
+@everywhere
 def test_a_body_gets_the_values_of_its_header_in_order_and_runs_once(stage: Stage) -> None:
     add, total = stage.tasks.add, stage.tasks.total
     with stage.worker():
@@ -249,7 +251,7 @@ def test_a_body_gets_the_values_of_its_header_in_order_and_runs_once(stage: Stag
     assert first_of(stage.seen, "total") == [([7, 0, 2, 4, 6, 8],), ([2, 4],)]
 
 
-@where_chords_are_counted
+@everywhere
 def test_nested_chords_end(stage: Stage) -> None:
     add, total, ident = stage.tasks.add, stage.tasks.total, stage.tasks.ident
     inner = chord([add.s(1, 1), add.s(2, 2)], total.s())
@@ -304,20 +306,50 @@ def test_a_store_that_cannot_count_is_asked_by_a_task_and_the_chord_ends_all_the
 
 
 @pytest.mark.parametrize("stage", ["rabbit+rpc"], indirect=True)
-def test_a_chord_is_refused_where_workers_cannot_read_results(stage: Stage) -> None:
-    sig = chord([stage.tasks.ident.s(1), stage.tasks.ident.s(2)], stage.tasks.total.s())
-    with pytest.raises(ImproperlyConfigured, match="set result_backend"):
-        sig.apply_async()
+def test_where_results_are_messages_a_task_watches_a_chord_whose_members_know_their_number(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miniq.plan.WATCH_S", 0.1)
+    stage.app.conf.result_chord_expires = 1.5
+    ident, total, errback = stage.tasks.ident, stage.tasks.total, stage.tasks.errback
+    backend = stage.app.backend
+    assert isinstance(backend, ChordQueues)
+
+    def made(size: int) -> Plan:
+        members = [ident.s(n).set(queue=NOBODY) for n in range(size)]
+        found = chord(members, total.s().set(queue="celery").on_error(errback.s())).plan()
+        unlock, first = found.steps[:2]
+        assert (unlock.task, len(found.steps)) == ("celery.chord_unlock", size + 1)
+        assert unlock.kwargs["result"] is None
+        assert [unlock.options["countdown"], unlock.options["queue"]] == [0.1, NOBODY]
+        unlock.options["queue"] = "celery"
+        assert first.options["chord"]["chord_size"] == size == found.chords[0].size
+        return found
+
     with stage.worker():
-        member = stage.tasks.ident.s()
-        no_chord = stage.tasks.ident.s(1) | group(member, member.clone())
-        assert no_chord.apply_async().get(timeout=TIMEOUT_S) == [1, 1]
+        # All have ended, and who was to send the body has died.
+        done = made(2)
+        result = stage.app.send_plan(done._replace(steps=done.steps[:1]))
+        dying = stage.app.new_backend()
+        for index, task_id in enumerate(done.chords[0].members):
+            context = Context(id=task_id, group=done.chords[0].group_id, group_index=index, chord={})
+            arrival = dying.arrive_at_chord(ChordPart(*part_of(context, "SUCCESS", 10 + index, "json", None)))
+        assert arrival.claim
+        dying.close()
+        assert result.get(timeout=TIMEOUT_S) == 21
+        wait_until(lambda: not backend.has_chord(done.chords[0].group_id), TIMEOUT_S, "the chord has ended")
+        # A member never comes.
+        late = stage.app.send_plan(made(1))
+        error = stage.error(late)
+        assert isinstance(error, ChordError)
+        assert "not all of its 1 members ended in time" in str(error)
+    assert stage.seen == [("total", [10, 11]), ("errback", late.id, "ChordError")]
 
 
 # -- failures in headers ---------------------------------------------------------------------------
 
 
-@where_chords_are_counted
+@everywhere
 def test_a_failed_member_fails_the_body_once_and_the_others_run_on(stage: Stage) -> None:
     ident, fail, total, errback = stage.tasks.ident, stage.tasks.fail, stage.tasks.total, stage.tasks.errback
     with stage.worker():
@@ -343,7 +375,7 @@ def test_a_member_without_a_value_fails_the_body(stage: Stage, how: str) -> None
     assert stage.seen == [("errback", one.id, "ChordError") for one in (result, chained)]
 
 
-@where_chords_are_counted
+@everywhere
 def test_revoked_and_expired_members_fail_the_body(stage: Stage) -> None:
     tasks = stage.tasks
     body = tasks.total.s().on_error(tasks.errback.s())
@@ -424,7 +456,7 @@ def test_an_errback_of_a_chord_reaches_its_members_where_that_is_set(stage: Stag
     )
 
 
-@where_chords_are_counted
+@everywhere
 def test_a_member_that_is_delivered_twice_counts_once(stage: Stage) -> None:
     add, total = stage.tasks.add, stage.tasks.total
     plan = chord([add.s(i, i) for i in range(3)], total.s()).plan()
@@ -442,7 +474,7 @@ def test_a_member_that_is_delivered_twice_counts_once(stage: Stage) -> None:
 REPLACED = {"task": 3, "chain": 6, "group": [3, 7], "chord": 10, "itself": 3}
 
 
-@where_chords_are_counted
+@everywhere
 def test_a_replaced_task_has_its_value_from_what_runs_instead(stage: Stage) -> None:
     replaced, ident = stage.tasks.replaced, stage.tasks.ident
     with stage.worker():
@@ -474,7 +506,7 @@ def test_callbacks_of_a_replaced_task_are_those_of_what_runs_instead(stage: Stag
     assert stage.seen == [("errback", result.id, "ValueError")]
 
 
-@where_chords_are_counted
+@everywhere
 def test_a_member_adds_members(stage: Stage) -> None:
     tasks = stage.tasks
     with stage.worker():
@@ -490,7 +522,7 @@ def test_a_member_adds_members(stage: Stage) -> None:
 # -- many calls of one task --------------------------------------------------------------------------
 
 
-@where_chords_are_counted
+@everywhere
 def test_map_starmap_and_chunks(stage: Stage) -> None:
     add, ident = stage.tasks.add, stage.tasks.ident
     with stage.worker():
@@ -512,7 +544,7 @@ class Tenant(StampingVisitor):
         return {"tenant": "acme", "stamped_headers": ["tenant"]}
 
 
-@where_chords_are_counted
+@everywhere
 def test_stamps_reach_every_message_and_the_results(stage: Stage) -> None:
     stage.app.conf.result_extended = True
     stamped = stage.tasks.stamped
