@@ -96,7 +96,8 @@ class Mailbox:
             return
         for delivery in deliveries:
             self.receive(delivery.message)
-        if len(deliveries) == BATCH:
+        # What was read together with an answer (to an acknowledgement, say) makes no descriptor readable.
+        if len(deliveries) == BATCH or self.consumer.woken:
             self.loop.call_soon(self._take)
 
     def _trouble(self, error: OperationalError) -> None:

@@ -586,6 +586,27 @@ def test_messages_of_running_tasks_join_their_runs_when_all_connections_were_clo
     places.wait(work=2)
 
 
+def test_last_step_of_what_replaced_a_task_is_not_taken_for_that_task_which_has_ended(
+    transport: PatientTransport, consumer: Patient, places: Places
+) -> None:
+    put(transport, message("x"))
+    (replaced,) = consumer.poll(1)
+    consumer.start([replaced])
+    assert consumer.ack(replaced)
+    # The step has the id of the task whose acknowledgement may still be lost with the connection.
+    assert consumer.poll(1) == []
+    put(transport, message("x", parent_id="first step"))
+    wait_until(lambda: places.held() == (0, 1), 10, places.held)
+    consumer.drop_connection()
+    (again,) = until(consumer, 1)
+    assert (ids([again]), again.redelivered) == (["x"], True)
+    assert again.message.headers["parent_id"] == "first step"
+    consumer.start([again])
+    assert consumer.ack(again)
+    consumer.catch_up()
+    places.wait()
+
+
 def is_joined(consumer: Patient, count: int) -> bool:
     with suppress(OperationalError):
         consumer.housekeep()

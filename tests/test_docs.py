@@ -242,7 +242,7 @@ def test_task_options_are_all_there_with_their_defaults() -> None:
         for name in re.findall(r"\w+", names):
             documented[name] = quoted or number
     handlers = {"before_start", "on_success", "on_failure", "on_retry", "after_return", "shadow_name"}
-    without_meaning = {"shared", "lazy", "filter", "send_events"}
+    without_meaning = {"shared", "lazy", "filter"}
     assert set(documented) == DECORATOR_OPTIONS - handlers - without_meaning
     for name, default in documented.items():
         if default and name != "bind":

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import select
 from typing import Callable, List
 
 import pytest
+from waiting import wait_until
 
 from miniq import MiniQ
 from miniq.clock import LamportClock
-from miniq.mailbox import BATCH, Inbox
+from miniq.loop import Loop
+from miniq.mailbox import BATCH, Inbox, Mailbox
 from miniq.message import Message
 from miniq.routing import Exchange, Queue
 from miniq.transports.base import Publication
@@ -65,6 +68,42 @@ def test_messages_arrive_in_a_file(make_app: Callable[..., MiniQ]) -> None:
 def test_messages_arrive_over_redis(redis_url: str) -> None:
     with MiniQ("t", broker=redis_url, backend=redis_url) as app:
         check(app)
+
+
+@pytest.mark.parametrize("exchange, key", [(REPLIES, "1"), (NEWS, "")])
+def test_message_whose_wake_up_comes_with_another_answer_is_taken_at_once(
+    redis_url: str, exchange: Exchange, key: str
+) -> None:
+    app, other = (MiniQ("t", broker=redis_url, backend=redis_url) for _ in range(2))
+    transport = app.producer.new_transport(write=False)
+    queue = private("queue", exchange, key)
+    transport.declare(queue)
+    consumer = transport.consumer("node", [queue])
+    loop = Loop()
+    heard: List[bytes] = []
+
+    def receive(message: Message) -> None:
+        heard.append(message.body)
+        if len(heard) == 1:
+            fd = consumer.fileno()
+            assert fd is not None
+            send(other, exchange.name, key, b"second")
+            assert select.select([fd], [], [], 10)[0], "the server has told of it"
+            # A command over the same connection: what the server told comes with its answer.
+            consumer.woken = False
+            assert consumer.changed()
+
+    mailbox = Mailbox(loop, consumer, receive)
+    mailbox.start()
+    send(other, exchange.name, key, b"first")
+    wait_until(lambda: loop.run_once(0.1) or heard, 10, "the first message")
+    loop.run_once(0.0)
+    assert heard == [b"first", b"second"]
+    mailbox.close()
+    loop.close()
+    transport.close()
+    app.close()
+    other.close()
 
 
 @pytest.mark.parametrize("heard, here", [(0, 6), (5, 6), (9, 10)])

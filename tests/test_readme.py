@@ -88,7 +88,7 @@ def test_python_versions_are_the_same_everywhere() -> None:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     tox.read(ROOT / "tox.ini", encoding="utf-8")
     classified = re.findall(r"Python :: (3\.\d+)$", setup["metadata"]["classifiers"], re.MULTILINE)
-    tested = [f"3.{minor}" for minor in re.findall(r"py3(\d+)", tox["tox"]["envlist"])]
+    tested = [f"3.{minor}" for minor in sorted(map(int, re.findall(r"py3(\d+)", tox["tox"]["envlist"])))]
     assert classified == tested
     assert setup["options"]["python_requires"] == f">={classified[0]}"
     assert f"Python {classified[0]} to {classified[-1]}" in README

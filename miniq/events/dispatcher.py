@@ -33,8 +33,10 @@ class EventDispatcher:
     """Sends events in the name of `hostname`; used in one thread.
 
     `connection` is anything of an app, or None with `app`.  `groups`: send only events of these.
-    `on_send_buffered` is called when one was put into the buffer.  A context manager: `close` at the
-    end sends what is buffered.
+    `on_send_buffered` is called when one was put into the buffer, else it is sent when `buffer_limit` are in
+    it.  `transport` and `timeout_s` (seconds for one message): else as the app has them.  `channel`,
+    `serializer` and `delivery_mode` are Celery's and have no effect.  A context manager: `close` at the end
+    sends what is buffered.
     """
 
     app: Any = None
@@ -131,7 +133,7 @@ class EventDispatcher:
     def flush(self, errors: bool = True, groups: bool = True) -> bool:
         """Send what waits; return whether nothing does any more.
 
-        Raises `OperationalError` unless `buffer_while_offline`.
+        Raises `OperationalError` unless `buffer_while_offline`.  The arguments are Celery's, without effect.
         """
         waiting = self._waiting
         if not waiting:

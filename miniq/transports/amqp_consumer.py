@@ -397,8 +397,8 @@ class AmqpConsumer(Consumer):
             exchange, routing_key = "", subscription.queue.name
         delivery = Delivery(message, None, subscription.queue.name, exchange, routing_key)
         held = Held(self, event.delivery_tag, self._epoch, subscription, delivery)
-        # What a task was replaced by has its id, and is another message.
-        which = f"{marks.copy}/{headers.get('replaced_task_nesting') or 0}"
+        # What a task was replaced by has its id, be it one task or the last of a chain: another message.
+        which = f"{marks.copy}/{headers.get('replaced_task_nesting') or 0}/{headers.get('parent_id') or ''}"
         held.key = (subscription.queue.name, name, retries, counted, which)
         held.due = marks.until
         if event.redelivered:

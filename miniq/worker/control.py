@@ -94,7 +94,8 @@ class Commands:
             return
         self._meet(message.headers, name, body.get("arguments"))
         value = self.call(name, body.get("arguments") or {})
-        if name in ("revoke", "terminate") and value is not NO_REPLY and not message.headers.get(KEPT):
+        is_done = isinstance(value, dict) and "ok" in value
+        if name in ("revoke", "terminate") and is_done and not message.headers.get(KEPT):
             self._keep_revocation(body)
         if reply_to and value is not NO_REPLY:
             self._reply(name, reply_to, body.get("ticket"), value)
@@ -110,10 +111,10 @@ class Commands:
             "pattern": None,
             "matcher": None,
         }
-        content_type, encoding, data = dumps(body, app.conf.task_serializer)
         headers = {"clock": app.clock.forward(), "expires": 0, "sender": self._sender}
-        message = Message(data, content_type, encoding, headers, {"delivery_mode": 1})
         try:
+            content_type, encoding, data = dumps(body, app.conf.task_serializer)
+            message = Message(data, content_type, encoding, headers, {"delivery_mode": 1})
             worker.transport.publish((Publication(message, exchange_name(app), ""),), REPLY_TIMEOUT_S)
         except MiniqError as error:
             logger.debug("namesakes are not looked for: %s", error)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 from typing import Callable, Iterator, List, Sequence
+from urllib.parse import urlsplit
 
 import pytest
 from chord_suite import BODY, OVER, ChordSuite, entry, part
+from proxy import Proxy
 from transport_suite import Clock
 from waiting import wait_until
 
@@ -102,6 +104,24 @@ class TestRpcBackend(ChordSuite):
         claim = self.complete(first)
         first._line.stream.shut_down()
         assert first.finish_chord("g", claim) and not second.has_chord("g")
+
+    def test_chord_whose_queue_cannot_be_deleted_has_ended_all_the_same(
+        self, backend: RpcBackend, url: str, clock: Clock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with Proxy(urlsplit(url).port or 0) as proxy:
+            behind = ToItself(proxy.url(url), {"reply_address": lambda: "tests"}, clock)
+            claim = self.complete(behind)
+            proxy.refuse()
+            proxy.reset()
+            assert behind.finish_chord("g", claim)
+            assert "Chord g has ended, its queue is deleted later" in caplog.text
+            assert backend.has_chord("g")
+            assert behind.chords_left_over(clock()) == []
+            proxy.forward()
+            assert behind.arrive_at_chord(part(0)) == OVER
+            assert behind.chords_left_over(clock()) == []
+            assert not backend.has_chord("g")
+            behind.close()
 
     def test_looks_and_ends_without_a_member_count_for_nobody(self, backend: RpcBackend) -> None:
         body = json.dumps({"chord_size": 2}).encode()
