@@ -356,7 +356,7 @@ def test_ten_thousand_that_are_not_due_do_not_hold_up_one_behind_them(
         # Otherwise the worker would wait although there is something to do.
         assert consumer.woken
     assert ids(found) == ["plain"]
-    ((_, ready, waiting, unacked, _),) = transport.sizes()
+    ((_, ready, waiting, unacked, *_),) = transport.sizes()
     assert (ready, waiting, unacked) == (0, 10_000, 1)
     assert consumer.next_due() == clock.now + 3600
 
