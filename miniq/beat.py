@@ -21,7 +21,7 @@ import time
 import uuid
 import warnings
 from datetime import datetime
-from typing import Any, Callable, Dict, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Union
 
 from . import _state, signals
 from .backends.base import backend_class
@@ -77,6 +77,8 @@ LEASE_S = 10.0
 LISTEN_PAUSE_S = 5.0
 #: Seconds after which an entry is looked at again whose schedule failed.
 AFTER_ERROR_S = 60.0
+#: Seconds after which it is asked again whether the last run has ended, where nobody could tell.
+ASK_AGAIN_S = 5.0
 #: How often a change is tried while others are quicker.
 MOST_TRIES = 20
 #: Seconds until the next try when broker or store cannot be reached: the first, and the most.
@@ -102,6 +104,10 @@ class Scheduler:
     ) -> None:
         self.app = app
         self.max_interval = max_interval or app.conf.beat_max_loop_interval or MAX_INTERVAL_S
+        if not self.max_interval > 0:
+            raise ImproperlyConfigured(
+                f"max_interval must be a number of seconds above 0, not {self.max_interval}"
+            )
         #: Entries by name: those of the code, and after the first tick those of the store as well.
         self.schedule: Dict[str, ScheduleEntry] = {} if schedule is None else schedule
         self._filename = schedule_filename
@@ -112,6 +118,8 @@ class Scheduler:
         self._away_since: Optional[float] = None
         #: The wall clock was set back: intervals that wait for a moment that was already are to begin anew.
         self._was_set_back = False
+        #: Names of entries that wait for the result backend to say whether their last run has ended.
+        self._unanswered: Set[str] = set()
         #: Stands for this beat in claims.
         self._token = uuid.uuid4().hex
         if not lazy:
@@ -129,7 +137,7 @@ class Scheduler:
         for name, values in entries.items():
             entry = ScheduleEntry.from_dict(name, values, self.app)
             self._check_overlap(entry)
-            self.schedule[name] = entry
+            self.schedule[entry.name] = entry
 
     def add(self, **kwargs: Any) -> ScheduleEntry:
         """Add an entry for as long as this process runs; the arguments are those of `ScheduleEntry`."""
@@ -248,10 +256,7 @@ class Scheduler:
     def _refresh(self, entry: ScheduleEntry) -> None:
         """Read one record again: another process was quicker."""
         text = self.store.read(entry.name)
-        try:
-            state = None if text is None else State.read(text)
-        except ValueError:
-            state = None
+        state = _read(text)
         if state is None:
             entry.due = NEVER
             self._is_stale = True
@@ -327,7 +332,7 @@ class Scheduler:
     def _begin_anew(self, entry: ScheduleEntry, now: float) -> None:
         logger.warning(
             "beat: entry %r was last due %.0f s in the future: the clock was set back, or is ahead elsewhere;"
-            " its interval begins anew",
+            " it begins anew",
             entry.name,
             entry.state.last_due - now,
         )
@@ -342,6 +347,16 @@ class Scheduler:
                 self._step(entry, now)
             except OperationalError:
                 raise
+            except BackendError as error:
+                # Only this entry needs the result backend; the others go on without it.
+                if entry.name not in self._unanswered:
+                    self._unanswered.add(entry.name)
+                    logger.error(
+                        "beat: entry %r waits: whether its last run has ended cannot be told: %s",
+                        entry.name,
+                        error,
+                    )
+                entry.due = now + ASK_AGAIN_S
             except Exception as error:  # safety net: one entry must not keep the others from being sent
                 self._put_off(entry, error)
 
@@ -386,7 +401,10 @@ class Scheduler:
         return None
 
     def _still_runs(self, entry: ScheduleEntry, now: float) -> bool:
-        """Say whether the last run has not ended; one whose result is no longer kept has."""
+        """Say whether the last run has not ended; one whose result is no longer kept has.
+
+        Raises `BackendError` where that cannot be told.
+        """
         state = entry.state
         if state.last_id is None or state.last_run is None:
             return False
@@ -395,18 +413,17 @@ class Scheduler:
             return False
         task = self.app.tasks.get(entry.task)
         result = self.app.AsyncResult(state.last_id) if task is None else task.AsyncResult(state.last_id)
-        try:
-            return result.state not in READY_STATES
-        except BackendError as error:
-            raise OperationalError(
-                f"whether task {state.last_id} of entry {entry.name!r} has ended cannot be told: {error}"
-            ) from error
+        is_running: bool = result.state not in READY_STATES
+        if entry.name in self._unanswered:
+            self._unanswered.discard(entry.name)
+            logger.warning("beat: entry %r goes on: the result backend answers again", entry.name)
+        return is_running
 
     # -- sending
 
     def _send(self, entry: ScheduleEntry, due: float, now: float) -> None:
         """Send a tick, and have the store know: together, or one after the other under a claim."""
-        task_id = tick_id(self.app.main, entry.name, due)
+        task_id = entry.options.get("task_id") or tick_id(self.app.main, entry.name, due)
         try:
             if self.is_atomic:
                 sent = entry.state.sent(due, now, task_id)
@@ -455,14 +472,16 @@ class Scheduler:
         args, kwargs, options = entry.call()
         # What cannot be reached is tried again by the next tick, not in here.
         options["retry"] = False
+        if task_id is not None:
+            options["task_id"] = task_id
         if entry.task in WORKFLOWS:
             found = {"task": entry.task, "args": args, "kwargs": kwargs, "options": {}, "immutable": False}
             workflow = self.app.signature({**found, "subtask_type": WORKFLOWS[entry.task]})
-            return workflow.apply_async((), {}, task_id=task_id, **options)
+            return workflow.apply_async((), {}, **options)
         task = self.app.tasks.get(entry.task)
         if task is None:
-            return self.app.send_task(entry.task, args, kwargs, task_id=task_id, **options)
-        return task.apply_async(args, kwargs, task_id=task_id, **options)
+            return self.app.send_task(entry.task, args, kwargs, **options)
+        return task.apply_async(args, kwargs, **options)
 
     def _advance(self, entry: ScheduleEntry, due: float) -> None:
         """Deal with all ticks up to `due` by sending none."""
@@ -513,6 +532,9 @@ class Scheduler:
         """Remove an entry that was added at run time, or one of code that is gone."""
         if name in self.schedule and self.schedule[name].state.source == "code":
             raise ImproperlyConfigured(f"periodic task {name!r} is in the code: remove it there, or pause it")
+        text = self.store.read(name)
+        if text is not None and _read(text) is None and self.store.swap(name, text, None, announce=True):
+            return
         self._change(name, lambda state: None)
 
     def pause(self, name: str) -> None:
@@ -522,7 +544,10 @@ class Scheduler:
     def resume(self, name: str) -> None:
         """End a pause; what was due in it stays unsent."""
         now = self.app.wall()
-        self._change(name, lambda state: state._replace(paused=False, last_due=now, claim=None))
+        self._change(
+            name,
+            lambda state: state._replace(paused=False, last_due=now, claim=None) if state.paused else state,
+        )
 
     def run_now(self, name: str) -> str:
         """Send the task of an entry once, beside its schedule; return the task's id."""
@@ -581,12 +606,13 @@ class Scheduler:
         """Replace a record by what `change` makes of it, however often others are quicker."""
         for _ in range(MOST_TRIES):
             text = self.store.read(name)
-            if text is None:
-                # Of the code, and no beat has seen it yet.
+            found = _read(text)
+            if found is None:
+                # Of the code, and no beat has seen it yet, or nobody can read it.
                 begun = self._wanted(self.find(name), None).text()
-                self.store.swap(name, None, begun, announce=True)
+                self.store.swap(name, text, begun, announce=True)
                 continue
-            state = change(State.read(text))
+            state = change(found)
             if self.store.swap(name, text, state and state.text(), publish, announce=True):
                 return
         raise OperationalError(f"periodic task {name!r} is changed by others all the time: try again")
@@ -638,7 +664,7 @@ class Beat:
         self.loop = Loop(wall=app.wall)
         #: By how much the wall clock is ahead of the monotonic one.
         self._ahead_s = self.loop.now() - self.loop.mono()
-        self._stopping = False
+        self._stopping = self._ended = False
         self._commands: Optional[BeatCommands] = None
         #: When the last turn was done.
         self._ticked_mono = self.loop.mono()
@@ -647,7 +673,9 @@ class Beat:
         self.failure: Optional[BaseException] = None
 
     def run(self) -> None:
-        """Send what is due until `stop`; raises what makes that impossible."""
+        """Send what is due until `stop`, once; raises what makes that impossible."""
+        if self._ended:
+            raise RuntimeError("this beat has ended: make a new one")
         _state.set_current_app(self.app)
         signals.beat_init.send(sender=self)
         if self.embedded:
@@ -662,6 +690,7 @@ class Beat:
                 self._wait(wait_s)
         finally:
             logger.info("beat: Shutting down...")
+            self._ended = True
             if self._commands is not None:
                 self._commands.close()
             self.scheduler.close()
@@ -747,10 +776,25 @@ class Beat:
             warnings.warn(f"beat did not end within {timeout_s:g} s", ResourceWarning, stacklevel=2)
 
 
+def _read(text: Optional[str]) -> Optional[State]:
+    """Return a record, None where there is none or nobody can read it."""
+    try:
+        return None if text is None else State.read(text)
+    except ValueError:
+        return None
+
+
 def scheduler_class(name: Union[str, type]) -> Any:
     """Return the scheduler class called `name`: one of `SCHEDULERS`, an entry point, or a dotted path."""
-    if not isinstance(name, str):
-        return name
+    found = _found(name) if isinstance(name, str) else name
+    if isinstance(found, type) and not hasattr(found, "tick"):
+        raise ImproperlyConfigured(
+            f"{name!r} is no scheduler: it has no method tick() (see miniq.beat.Scheduler)"
+        )
+    return found
+
+
+def _found(name: str) -> Any:
     target = SCHEDULERS.get(name)
     if target is not None:
         return import_object(target, package=__package__)

@@ -35,7 +35,7 @@ class BeatCommands(Commands):
     """
 
     def __init__(self, app: Any, hostname: str, loop: Loop, is_well: Callable[[], bool]) -> None:
-        transport = app.producer.new_transport(write=False)
+        transport = self._heard_over = app.producer.new_transport(write=False)
         queue = control_queue(app, hostname, new_task_id())
         try:
             transport.declare(queue)
@@ -43,7 +43,8 @@ class BeatCommands(Commands):
         except BaseException:
             transport.close()
             raise
-        speaker: Any = Speaker(app, hostname, transport)
+        # Answers go the way of the messages: a connection that only answers would not be known to be dead.
+        speaker: Any = Speaker(app, hostname, app.producer.transport)
         super().__init__(speaker, loop, consumer)
         self._is_well = is_well
 
@@ -54,7 +55,7 @@ class BeatCommands(Commands):
     def close(self) -> None:
         """Stop listening, and let go of the connection."""
         super().close()
-        self.worker.transport.close()
+        self._heard_over.close()
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Answer a ping; nothing else is for beat."""

@@ -13,6 +13,7 @@ purpose.  The next is always counted from there, so ticks neither drift nor depe
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from datetime import datetime, tzinfo
 from math import isfinite
@@ -28,12 +29,17 @@ CATCH_UP = ("once", "skip", "all")
 OVERLAP = ("allow", "skip")
 #: So many seconds late a tick still counts as in time: whoever takes over from a dead beat is not quicker.
 ON_TIME_S = 30.0
-#: A clock that was set back by more than this many seconds makes intervals begin anew.
+#: A clock that was set back by more than this many seconds makes intervals begin anew ...
 CLOCK_STEP_S = 60.0
+#: ... and by more than this one, all other schedules: it had been wrong before, nobody waits for that.
+CLOCK_ERROR_S = 86400.0
 #: Due moments that are counted in one step after a long absence.
 MOST_STEPS = 1000
 #: Never: nothing is due.
 NEVER = float("inf")
+
+#: Half a character: no store takes it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _KEYS = (
     "task", "schedule", "args", "kwargs", "options", "relative", "enabled", "catch_up", "overlap",
@@ -134,6 +140,10 @@ class ScheduleEntry:
     ) -> None:
         self.task = task if isinstance(task, str) else getattr(task, "name", task)
         self.name = name or str(self.task)
+        if not isinstance(self.name, str) or _SURROGATE.search(self.name):
+            raise ImproperlyConfigured(
+                f"the name of a periodic task must be text, not {safe_repr(self.name, 100)}"
+            )
         self.app = app
         self.args = args or ()
         for key, value in (("kwargs", kwargs), ("options", options)):
@@ -151,6 +161,8 @@ class ScheduleEntry:
             raise self._wrong(f"task must be a task or its name, not {safe_repr(task, 100)}")
         if not isinstance(self.args, (list, tuple)) and not isinstance(self.args, BeatLazyFunc):
             raise self._wrong(f"args must be a list or tuple, not {safe_repr(args, 100)}")
+        if not isinstance(enabled, bool):
+            raise self._wrong(f"enabled must be True or False, not {safe_repr(enabled, 100)}")
         for key, words in (("catch_up", CATCH_UP), ("overlap", OVERLAP)):
             if getattr(self, key) not in words:
                 raise self._wrong(f"{key} must be one of {', '.join(words)}, not {getattr(self, key)!r}")
@@ -229,18 +241,17 @@ class ScheduleEntry:
         return found, due
 
     def is_from_the_future(self, now: float, ahead_s: float = CLOCK_STEP_S) -> bool:
-        """Say whether this is an interval whose last tick is more than `ahead_s` in the future.
+        """Say whether the clock was set back and the entry must begin anew.
 
-        The clock was set back then, and it must begin anew.  Not so for what is due at hours and days:
-        those that come again were sent already.
+        That is so for an interval whose last tick is more than `ahead_s` in the future.  For what is due
+        at hours and days it is not before a whole day: those that come again were sent already.
         """
-        return (
-            self.state.last_due - now > ahead_s
-            and not self.state.paused
-            and self.state.claim is None
-            and isinstance(self.schedule, schedule)
-            and not self.schedule.relative
-        )
+        state = self.state
+        if state.paused or state.claim is not None:
+            return False
+        if not isinstance(self.schedule, schedule) or self.schedule.relative:
+            ahead_s = CLOCK_ERROR_S
+        return state.last_due - now > ahead_s
 
     def call(self) -> Tuple[List[Any], Dict[str, Any], Dict[str, Any]]:
         """Return args, kwargs and options of the next run; what is lazy is computed."""

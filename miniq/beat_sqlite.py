@@ -13,17 +13,22 @@ import logging
 import os
 import sqlite3
 import time
-from typing import Any, Dict, List, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
 
 from .beat_store import Publish, ScheduleStore, new_version
+from .connections.owners import OwnerLocks
 from .connections.sqlite import Database, Options, path_of
-from .exceptions import ImproperlyConfigured
+from .exceptions import ImproperlyConfigured, OperationalError
 
 logger = logging.getLogger(__name__)
 
 #: The row that holds the version; no entry can be called so.
 _VERSION = ""
-_CREATE = "CREATE TABLE IF NOT EXISTS schedule(name TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID"
+#: The lock that is held while a file of beat's own is opened; workers' numbers begin with 1.
+_OPENING = 0
+#: So many seconds others may take to open it.
+OPEN_PATIENCE_S = 5.0
 _PUT = (
     "INSERT INTO schedule(name, record) VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET record=excluded.record"
 )
@@ -54,28 +59,48 @@ class SQLiteStore(ScheduleStore):
             return db
         if db is not None:
             self._others.append(db)
-        try:
-            db = self._open()
-        except ImproperlyConfigured as error:
-            if not (self._is_own and _is_damage(error)):
-                raise
-            self._set_aside(error)
-            db = self._open()
-        self._db = db
+        db = self._db = self._open_own() if self._is_own else Database.open(self._path, self._options)
         return db
 
-    def _open(self) -> Database:
+    def _open_own(self) -> Database:
+        with self._alone():
+            try:
+                return self._open_checked()
+            except ImproperlyConfigured as error:
+                if not _is_damage(error):
+                    raise
+                self._set_aside(error)
+            return self._open_checked()
+
+    def _open_checked(self) -> Database:
         db = Database.open(self._path, self._options)
         try:
-            if self._is_own:
-                db.check()
-            if not db.read("SELECT 1 FROM sqlite_master WHERE name='schedule'"):
-                with db.transaction():
-                    db.write(_CREATE)
+            db.check()
         except BaseException:
             db.close()
             raise
         return db
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from opening the file: two that find it damaged must end with one new one.
+
+        Nor may one that looks have it open while another moves it: SQLite cleans up by name.
+        """
+        locks = OwnerLocks.of(self._path)
+        until_mono = time.monotonic() + OPEN_PATIENCE_S
+        while True:
+            try:
+                locks.take(_OPENING)
+                break
+            except OperationalError:
+                if time.monotonic() > until_mono:
+                    raise
+            time.sleep(0.01)
+        try:
+            yield
+        finally:
+            locks.drop(_OPENING)
 
     def _set_aside(self, error: Exception) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
@@ -84,7 +109,7 @@ class SQLiteStore(ScheduleStore):
             try:
                 os.replace(self._path + suffix, aside + suffix)
             except FileNotFoundError:
-                pass  # it has no such part, or another beat was first
+                pass  # it has no such part
         logger.warning(
             "beat: the state could not be read (%s); it is now %r and a new one is begun: what was added at"
             " run time is to be added again, all other entries begin anew",

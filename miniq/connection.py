@@ -50,8 +50,8 @@ class Connection:
             app = self.app
             transport = transport_class(self.url)(self.url, app.broker_options(self.url), app.wall)
             try:
-                # A question that every broker has to answer.
-                transport.dead_letters(1)
+                # A question that every broker has to answer, and that changes nothing.
+                transport.sizes((app.conf.task_default_queue,))
             except BaseException:
                 transport.close()
                 raise

@@ -27,6 +27,11 @@ EXCHANGE = "celeryev"
 #: Key of a message with an array of events of tasks.
 MULTI_KEY = "task.multi"
 
+#: Times of events (epoch seconds) are less: calendars end soon after.
+MAX_TIME = 1e11
+#: Group -> what has to be text if it is there.
+_TEXTS = {"task": ("uuid", "name", "parent_id", "root_id", "exception", "traceback")}
+
 # Values that JSON does not have are shown rather than refused: an event is for people to look at.
 _encode = json.JSONEncoder(default=safe_repr).encode
 
@@ -41,6 +46,17 @@ def Event(type: str, _fields: Optional[Mapping[str, Any]] = None, **fields: Any)
 def group_from(type: str) -> str:  # noqa: A002 - Celery's name for it
     """Return the group of a type of event: ``task`` for ``task-sent``."""
     return type.partition("-")[0]
+
+
+def is_event(value: Any) -> bool:
+    """Say whether what came is an event that can be worked with; anybody may have sent it."""
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return False
+    texts = ("hostname", *_TEXTS.get(group_from(value["type"]), ()))
+    numbers = value.get("timestamp", 0), value.get("freq") or 0
+    return all(isinstance(value.get(name), (str, type(None))) for name in texts) and all(
+        isinstance(number, (int, float)) and 0 <= number < MAX_TIME for number in numbers
+    )
 
 
 def utcoffset() -> float:
@@ -80,8 +96,18 @@ class EventWriter:
     def publication(self, key: str, what: Any) -> Publication:
         """Return the message of an event, or of an array of them."""
         headers, properties = {"hostname": self.hostname}, {"delivery_mode": 1, "priority": 0}
-        message = Message(_encode(what).encode(), "application/json", "utf-8", headers, properties)
+        try:
+            body = _encode(what)
+        except (TypeError, ValueError, RecursionError):  # keys that are no text, circles
+            body = _encode([_shown(one) for one in what] if isinstance(what, list) else _shown(what))
+        message = Message(body.encode(), "application/json", "utf-8", headers, properties)
         return Publication(message, EXCHANGE, key)
+
+
+def _shown(event: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return an event with text in place of whatever has parts of its own."""
+    plain = (str, int, float, type(None))
+    return {name: value if isinstance(value, plain) else safe_repr(value) for name, value in event.items()}
 
 
 def key_of(type: str) -> str:  # noqa: A002 - Celery's name for it

@@ -160,7 +160,11 @@ def judge(record: Dict[str, Any], mono: float, max_age_s: float) -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Say whether there is a process `pid`, whoever owns it."""
+    """Say whether there is a process `pid`, whoever owns it.
+
+    One that has ended counts as gone, though its parent has not asked after it: in a container
+    process 1 may never do.
+    """
     if not 0 < pid < 1 << 31:
         return False
     if sys.platform == "win32":  # there, os.kill would end the process
@@ -175,4 +179,8 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass  # alive, but not ours
-    return True
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (OSError, IndexError):
+        return True  # this system does not tell, or it ends at this moment

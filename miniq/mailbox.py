@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Any, Callable, Deque, Optional
+from typing import Any, Callable, Deque, List, Optional
 
 from .exceptions import OperationalError
 from .loop import Loop, Timer
-from .message import Message
+from .message import Delivery, Message
 from .routing import Queue
 from .transports.base import Consumer
 
@@ -86,18 +86,21 @@ class Mailbox:
             self._take()
 
     def _take(self) -> None:
+        deliveries: List[Delivery] = []
+        in_trouble = False
         try:
             deliveries = self.consumer.poll(BATCH)
             for delivery in deliveries:
                 self.consumer.ack(delivery)
             self._watch()
         except OperationalError as error:
+            # What was taken nobody else gets: it is handed out all the same.
             self._trouble(error)
-            return
+            in_trouble = True
         for delivery in deliveries:
             self.receive(delivery.message)
         # What was read together with an answer (to an acknowledgement, say) makes no descriptor readable.
-        if len(deliveries) == BATCH or self.consumer.woken:
+        if not in_trouble and (len(deliveries) == BATCH or self.consumer.woken):
             self.loop.call_soon(self._take)
 
     def _trouble(self, error: OperationalError) -> None:

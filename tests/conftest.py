@@ -6,7 +6,9 @@ from __future__ import annotations
 import faulthandler
 import itertools
 import os
+import shutil
 import signal
+import tempfile
 import textwrap
 import threading
 from contextlib import ExitStack
@@ -90,6 +92,23 @@ def nothing_left_behind() -> Iterator[None]:
         if not any(kept in child.command for kept in KEPT_BY_PYTHON)
     ]
     assert not children, f"processes left behind: {children}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep away from the real folder what processes tell of themselves there: health files, locks, journals.
+
+    Not below `tmp_path`, which other users cannot enter and whose name is long for a socket.
+    """
+    tmp_path_factory.getbasetemp()  # made by now, that stays where people look for it
+    folder = tempfile.mkdtemp(prefix="miniq-tests-")
+    os.chmod(folder, 0o1777)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TMPDIR", "TEMP", "TMP"):
+            patch.setenv(name, folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

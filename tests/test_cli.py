@@ -99,6 +99,11 @@ def test_help_is_readable_and_shows_examples(inside: Any, command: str) -> None:
         (["worker", "--autoscale", "0"], "is not MAX,MIN"),
         (["worker", "--prefetch-multiplier", "-1"], "'-1' is not a whole number from 0 up"),
         (["call"], "the following arguments are required: task"),
+        (["call", "x", "--wait", "nan"], "'nan' is not a number of seconds from 0 up"),
+        (["result", "x", "--watch", "--timeout=-1"], "'-1' is not a number of seconds from 0 up"),
+        (["queues", "--watch", "0"], "'0' is not a number of seconds above 0"),
+        (["status", "-t", "inf"], "'inf' is not a number of seconds from 0 up"),
+        (["dead", "list", "--limit", "-3"], "'-3' is not a whole number from 1 up"),
         (["dead", "lst"], "did you mean 'list'?"),
         (["--brokr=x", "queues"], "unknown argument '--brokr=x': did you mean --broker?"),
         (["-b", "redis://u:secret@h", "quues"], "did you mean 'queues'?"),
@@ -360,10 +365,14 @@ def test_call_result_queues_and_purge(inside: Any, worker_process: Any, run: Run
     assert [size["queue"] for size in json.loads(out)] == ["celery", "mail"]
     ended = run("purge", stdin="no\n")
     assert ended.returncode == 1 and "Nothing was deleted." in ended.stdout
-    code, out, _ = inside("purge", "-f", "-Q", "mail,celery", "-X", "mail")
+    code, out, _ = inside("purge", "-f", "-Q", "mail, celery", "-X", "mail")
     assert (code, out) == (0, "celery: 1 deleted\n")
-    ended = run("purge", "-Q", "mail", stdin="yes\n")
-    assert ended.returncode == 0 and "mail: 1 deleted" in ended.stdout
+    ended = run("purge", "-Q", "mail", "--json", stdin="yes\n")
+    assert ended.returncode == 0 and json.loads(ended.stdout) == {"mail": 1}
+    assert "Really? [yes/no]" in ended.stderr
+    code, out, err = inside("purge", "-f", "-Q", "maill", "--json")
+    assert code == 1 and json.loads(out) == {"maill": 0} and "there is no queue maill: did you mean" in err
+    assert inside("purge", "-f", "-X", "celery")[0] == 1
 
     source = """
     from miniq import MiniQ
@@ -378,6 +387,11 @@ def test_call_result_queues_and_purge(inside: Any, worker_process: Any, run: Run
     task_id, value = ended.stdout.split()
     assert value == "5"
     assert inside("result", task_id) == (0, "SUCCESS: 5\n", "")
+    code, out, _ = inside("call", "proj.add", "-a", "[2, 3]", "--wait", "10", "--json")
+    told = json.loads(out)
+    assert code == 0 and told == {"id": told["id"], "state": "SUCCESS", "result": 5}
+    code, out, err = inside("call", "proj.add", "-a", "[2]", "--wait", "10", "--json")
+    assert code == 1 and json.loads(out)["state"] == "FAILURE" and "the task failed: TypeError" in err
     code, out, _ = inside("result", task_id, "--json")
     assert json.loads(out) == {"id": task_id, "state": "SUCCESS", "result": 5, "traceback": None}
     ended = run("call", "proj.add", "-a", '[2, "a"]', "--wait", "10")
@@ -430,15 +444,18 @@ def test_watch_follows_tasks_and_saved_groups(
         (["call", "x", "--priority", "900"], "priority"),
         (["call", "x", "--serializer", "jason"], "jason"),
         (["call", "x", "--wait", "0.01"], "did not end within"),
+        (["call", ""], "its name is empty"),
+        (["result", ""], "its id is empty"),
+        (["-b", "", "queues"], "broker_url: the URL on the command line is empty"),
         (["dead", "replay"], "dead replay: which?"),
         (["dead", "drop", "77"], "no dead letter with id 77"),
         (["-b", "sqlite:///no/such/folder/x.db", "queues"], "does not exist"),
     ],
 )
-def test_commands_that_fail_say_why_with_code_1(run: Run, args: List[str], said: str) -> None:
-    ended = run(*args)
-    assert ended.returncode == 1
-    assert said in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+def test_commands_that_fail_say_why_with_code_1(inside: Any, args: List[str], said: str) -> None:
+    code, _, err = inside(*args)
+    assert code == 1
+    assert said in err and "Traceback" not in err, err
 
 
 def test_dead_letters_are_listed_replayed_and_dropped(
@@ -477,3 +494,32 @@ def test_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
         os.close(writing)
         assert process.communicate(timeout=20) == (None, "")
     assert process.returncode in (0, 1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("queues >&-", 0, ""),
+        ("purge <&-", 1, ""),
+        ("queues <&- >&- 2>&-", 0, ""),
+        ("queues >/dev/full", 1, "Error: cannot write: No space left on device\n"),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_no_error_of_the_program(
+    tmp_path: Path, sqlite_url: str, command: str, code: int, said: str
+) -> None:
+    if "/dev/full" in command and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    env = environment(tmp_path, MINIQ_BROKER_URL=sqlite_url)
+    line = f"exec {sys.executable} -m miniq {command}"
+    ended = subprocess.run(
+        ["sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (code, said)
+
+
+def test_names_that_the_terminal_cannot_show_are_written_as_escapes(run: Run) -> None:
+    assert run("call", "x", "--queue", "größe").returncode == 0
+    ended = run("queues", env={"PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 0 and "gr\\xf6\\xdfe" in ended.stdout

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import socket
@@ -18,7 +19,7 @@ from workers import environment
 
 from miniq import MiniQ
 from miniq.cli.events import Dumper
-from miniq.cli.events_screen import KEY_NAMES, Screen
+from miniq.cli.events_screen import KEY_NAMES, Screen, _log_on
 from miniq.events import EventDispatcher, State
 
 APP = """
@@ -217,6 +218,38 @@ def test_the_screen_lists_tasks_the_newest_first(screen: Screen) -> None:
         shown(screen, width, height)
 
 
+def test_a_long_page_goes_up_and_down(screen: Screen) -> None:
+    lines = [f"line {number}" for number in range(50)]
+    screen.state.event({"type": "task-failed", "uuid": "two", "traceback": "\n".join(lines),
+                        "hostname": "w1@h", "timestamp": 2e9, "clock": 9})  # fmt: skip
+    press(screen, "j t")
+    assert "line 0\n" in shown(screen) and "line 16" not in shown(screen)
+    assert shown(screen).endswith("(j, k: down and up; any other key: back)")
+    for _ in range(100):
+        press(screen, "j")
+        last = shown(screen)
+    assert "line 34\n" in last and "line 49\n" in last
+    press(screen, "k")
+    assert "line 48\n" in shown(screen) and "line 49" not in shown(screen)
+    press(screen, "x")
+    assert "UUID" in shown(screen)
+
+
+def test_no_text_leaves_its_line_or_the_screen(screen: Screen) -> None:
+    strange = "\x1b[2J\0\n\ud800" + "\u65e5\u672c" * 40  # the last two take two columns each
+    screen.state.event({"type": "task-failed", "uuid": "two", "name": strange, "hostname": strange,
+                        "traceback": f"first\n{strange}\nlast", "timestamp": 2e9, "clock": 9})  # fmt: skip
+    press(screen, "j")
+    found = [screen.lines(60, 20)]
+    for keys in ("t", "x i"):
+        press(screen, keys)
+        found.append(screen.lines(60, 40))
+    for line in (line.text for lines in found for line in lines):
+        assert line.isprintable() and len(line) + sum(char in "\u65e5\u672c" for char in line) <= 60, line
+    assert "".join(line.text for line in found[1]).count("\u65e5") == 40, "a page shows all of it"
+    assert screen.lines(0, 20)
+
+
 def test_keys_move_and_show_what_is_known(screen: Screen) -> None:
     press(screen, "j KEY_DOWN KEY_DOWN")
     assert screen.selected == "one"
@@ -234,6 +267,22 @@ def test_keys_move_and_show_what_is_known(screen: Screen) -> None:
     assert [line.style for line in screen.lines(100, 20)][1] == "selected"
     press(screen, "q")
     assert screen.has_left
+
+
+def test_what_is_logged_is_shown_and_not_written_over_the_screen(
+    screen: Screen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, logger = logging.getLogger(), logging.getLogger("miniq.somewhere")
+    on_terminal = logging.StreamHandler(sys.stderr)
+    root.addHandler(on_terminal)
+    try:
+        with _log_on(screen):
+            logger.warning("clocks %s", "differ")
+        assert "clocks differ" in shown(screen) and capsys.readouterr().err == ""
+        logger.warning("afterwards")
+        assert capsys.readouterr().err == "afterwards\n" and "afterwards" not in shown(screen)
+    finally:
+        root.removeHandler(on_terminal)
 
 
 def test_keys_tell_workers_what_to_do(screen: Screen) -> None:

@@ -19,6 +19,7 @@ from workers import ROOT, environment
 
 from miniq import health
 from miniq.cli.health import is_asked
+from miniq.cli.health import main as run_alone
 from miniq.cli.main import main
 
 APP = "from miniq import MiniQ\napp = MiniQ('proj')\n"
@@ -106,11 +107,25 @@ def test_what_is_wrong_is_said(
     assert got == code and said in out, out
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="this system does not tell")
+def test_process_that_has_ended_is_gone_though_nobody_collected_it(ask: Any) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        show("w@h", pid=process.pid)
+        code, out, _ = ask()
+    assert code == 1 and "its process is gone" in out
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": "x"}', "\x00\xff"])
 def test_file_that_is_none_of_ours_is_no_worker(ask: Any, tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.health"
     path.write_text(text)
     assert ask("--health-file", str(path))[0] == 69
+
+
+def test_app_may_be_called_as_the_command_is(folder: Path, capsys: Any) -> None:
+    assert run_alone(["-A", "health", "--workdir", "health", "health", "--json"]) == 69
+    assert "no worker found" in capsys.readouterr().err
 
 
 def test_node_name_makes_a_safe_file_name_and_left_over_files_go(folder: Path) -> None:

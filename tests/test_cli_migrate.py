@@ -130,6 +130,8 @@ def test_queues_are_chosen_and_renamed_tasks_chosen_and_numbers_kept(
         (["amqp://localhost:1/", "sqlite:///x.db"], 1, "no server listens there"),
         (["sqlite:///x.db", "nosuch://h"], 1, "unknown scheme 'nosuch'"),
         (["sqlite:///x.db"], 2, "required: DESTINATION"),
+        (["sqlite:///jbos.db", "sqlite:///y.db"], 1, "sqlite:///jbos.db: there is no such file"),
+        (["sqlite:///x.db", "sqlite:///y.db", "-n", "-1"], 2, "'-1' is not a whole number from 0 up"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -137,6 +139,7 @@ def test_what_is_wrong_is_said_in_a_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     app = make_app(broker="sqlite:///x.db")
+    app.producer.transport.sizes()  # makes the file
     if "amqp" in words[-1]:
         app.send_task("t", ())
     assert main(["migrate", *words, "-t", "0"]) == code

@@ -117,7 +117,9 @@ def run(tmp_path: Path, sqlite_url: str, monkeypatch: Any, capsys: Any) -> Itera
 
 
 def test_workers_are_started_found_restarted_and_stopped(run: Run, tmp_path: Path) -> None:
-    words = ("2", "-A", "proj", "-P", "solo", "-l", "INFO", "--pidfile=%n.pid", "--logfile=logs/%n.log")
+    (tmp_path / "work").mkdir()
+    words = ("2", "-A", "proj", "-P", "solo", "-l", "INFO", "--pidfile=../%n.pid", "--logfile=../logs/%n.log",
+             "--workdir=work")  # fmt: skip
     code, out, err = run("multi", "start", *words)
     assert code == 0, err
     assert [line.strip() for line in out.splitlines()[1:]] == [
@@ -145,14 +147,32 @@ def test_workers_are_started_found_restarted_and_stopped(run: Run, tmp_path: Pat
 def test_pid_of_another_process_is_not_signalled(run: Run, tmp_path: Path) -> None:
     if not os.path.isdir("/proc/self"):
         pytest.skip("this system does not tell what a process is")
-    other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()", "-m", "miniq"],
-                             stdin=subprocess.PIPE)  # fmt: skip
-    try:
-        (tmp_path / "celery1.pid").write_text(f"{other.pid}\n")
-        assert "DOWN" in run("multi", "kill", "1")[1]
-        assert other.poll() is None
-    finally:
-        other.communicate()
+    pid_file = tmp_path / "celery1.pid"
+    program = "import sys; sys.stdin.read()"
+    for words, is_told in (
+        ([], False),
+        (["-m", "miniq", "worker", "-n", "celery2@%h"], False),
+        (["-m", "miniq", "worker", "-n", "celery1@%h"], True),  # started in another way
+    ):
+        with subprocess.Popen([sys.executable, "-c", program, *words], stdin=subprocess.PIPE) as other:
+            # Until it has been started, it still shows the words of this process.
+            wait_until(lambda: program.encode() in Path(f"/proc/{other.pid}/cmdline").read_bytes())
+            pid_file.write_text(f"{other.pid}\n")
+            assert ("DOWN" in run("multi", "kill", "1")[1]) is not is_told
+            assert is_told or other.poll() is None
+            assert other.stdin is not None
+            other.stdin.close()
+            assert other.wait(20) == (-signal.SIGKILL if is_told else 0)
+
+
+def test_words_that_make_no_sense_end_with_code_2(run: Run) -> None:
+    for words, said in (
+        (("stopwait", "1", "--wait=soon"), "'soon' is not a number of seconds from 0 up"),
+        (("stopwait", "1", "--wait=nan"), "'nan' is not a number of seconds from 0 up"),
+        (("start", "0", "-A", "proj"), "which workers?"),
+    ):
+        code, _, err = run("multi", *words)
+        assert code == 2 and said in err
 
 
 @pytest.mark.parametrize(

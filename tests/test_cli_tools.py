@@ -127,6 +127,9 @@ def test_shell_runs_what_is_piped_with_tasks_and_words(
     assert (code, out) == (0, "proj.add True None miniq.canvas\n")
     code, _, err = run("add\n1 / 0\n")
     assert code == 1 and "ZeroDivisionError" in err
+    code, _, err = run("x = = 1\n")
+    assert code == 1 and "SyntaxError" in err and "Traceback" not in err
+    assert run("print(__name__)\n")[1] == "__main__\n"
     code, _, err = run("add\n", "--without-tasks", "--python")
     assert code == 1 and "NameError" in err
     if shutil.which("bpython") is None:
@@ -174,6 +177,12 @@ def test_logtool_counts_tasks_by_their_last_word(inside: Any, log: str) -> None:
     }  # fmt: skip
     out = inside("logtool", "stats", log)[1]
     assert "     tasks  5\n" in out and "proj.add: 1 failed, 1 succeeded\n" in out
+
+
+def test_logtool_reads_what_is_piped_whatever_its_bytes(inside: Any, monkeypatch: Any) -> None:
+    data = b"[2026-01-01 00:00:03,000: INFO/MainProcess] Task proj.\xff[id-3] received\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    assert inside("logtool", "incomplete") == (0, "proj.\ufffd[id-3]\n", "")
 
 
 def test_logtool_shows_errors_traces_the_rest_and_what_never_ended(
@@ -282,14 +291,16 @@ def test_script_for_completion_is_what_its_shell_understands(
         assert done.returncode == 0, done.stderr
     if shell == "bash" and shutil.which("bash") is not None:
         ask = "COMP_WORDS=({}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mq; echo ${{COMPREPLY[@]}}\n"
-        lines = ["mq work", "mq -A proj worker --po", "mq --ver", "mq dead re", "mq worker --logfile x.l"]
+        lines = ["mq work", "mq -A proj worker --po", "mq --ver", "mq dead re", "mq worker --logfile x.l",
+                 "mq control pool_g", "mq multi sto", "mq schedule pau"]  # fmt: skip
         (tmp_path / "x.log").write_text("")
         script = out + "".join(ask.format(line) for line in lines)
         done = subprocess.run(
             ["bash", "--norc"], cwd=tmp_path, input=script, capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines() == [
-            "worker", "--pool --pool-start-method", "--version", "replay", "x.log"
+            "worker", "--pool --pool-start-method", "--version", "replay", "x.log", "pool_grow",
+            "stop stopwait stop_verify", "pause",
         ]  # fmt: skip
 
 

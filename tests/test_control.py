@@ -23,7 +23,14 @@ from miniq.message import Message
 from miniq.routing import Exchange, Queue
 from miniq.serialization import dumps, loads
 from miniq.transports.base import Publication
-from miniq.worker.control import MAX_REPLY_BYTES, Panel, control_command, encode_reply, inspect_command
+from miniq.worker.control import (
+    MAX_REPLY_BYTES,
+    Panel,
+    addressed,
+    control_command,
+    encode_reply,
+    inspect_command,
+)
 
 VECTORS = read_vectors("control")
 #: Not over before anything that happens here, however slow the machine.
@@ -310,6 +317,7 @@ def test_what_cannot_be_meant_is_said_before_anything_is_sent(app: MiniQ) -> Non
         app.control.broadcast("ping", connection=object())
     with app.connection() as connection:
         app.control.broadcast("ping", connection=connection)
+    assert addressed("w1@h", {"destination": "w1@h"}) and not addressed("w1@h", {"destination": "w1@h2"})
     assert matches("w1@h", "w?@h", "glob") and not matches("w1@h", "W?@h", None)
 
 
@@ -487,6 +495,8 @@ def test_large_replies_are_cut_or_refused() -> None:
     for value in ({"ok": "x" * 2_000_000}, ["x" * 2_000_000]):
         (_, _, data), left_out = encode_reply("w@h", value, "json")
         assert b"bytes, more than" in data and left_out == 0
+    (kind, _, data), _ = encode_reply("w@h", {"ok": "pong"}, "of nobody")
+    assert kind == "application/json" and b"unknown serializer" in data
 
 
 def test_stamps_revoke_tasks_that_have_them(app: MiniQ) -> None:
@@ -539,6 +549,15 @@ def test_queues_and_limits_can_be_changed(app: MiniQ) -> None:
         assert "ok" in value(control.time_limit("t.add", 3, 5, **options))
         told = control.inspect("w@h", timeout=TIMEOUT_S).registered("rate_limit", "time_limit", "_private")
         assert told == ["t.add [rate_limit=5/m time_limit=5]"]
+        for wrong in (-1, float("nan")):
+            [told] = control.time_limit("t.add", wrong, **options)
+            assert "number of seconds from 0 up" in told["w@h"]["error"]
+        assert app.tasks["t.add"].time_limit == 5
+        size = worker.pool.size
+        for change in (control.pool_grow, control.pool_shrink):
+            assert "from 0 up, not -2" in value(change(-2, **options))["error"]
+        assert worker.pool.size == size
+        assert "unknown signal 'SIGNO'" in value(control.terminate("no", signal="SIGNO", **options))["error"]
         assert value(control.autoscale(6, 2, **options)) == {"ok": "autoscale now max=6 min=2"}
         assert "error" in value(control.autoscale(2, 6, **options))
         assert worker.autoscale == (6, 2)

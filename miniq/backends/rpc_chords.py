@@ -48,6 +48,9 @@ _DONE = ".done"
 MAX_NAME_BYTES = 255
 #: Looks at a chord in one turn; each but the first is for records that came during the one before.
 MOST_LOOKS = 100
+#: Seconds that a chord's queue is kept at least.  The task that looks, at intervals of a minute and less,
+#: has to find it: without, nobody would end a chord whose time is over.
+LEAST_KEPT_S = 180.0
 #: There is no such chord, or it has ended.
 _OVER = Arrival(0, None, None, True)
 
@@ -147,7 +150,8 @@ class ChordQueues(Backend):
         with self._asking(group_id) as connection:
             if not anew and self._send(connection, [_record(done, "over", {}, b"")])[0]:
                 return  # it has ended, and that is not forgotten yet
-            self._declare(connection.publisher(), queue, expires_s)
+            kept_s = None if expires_s is None else max(expires_s, LEAST_KEPT_S)
+            self._declare(connection.publisher(), queue, kept_s)
             self._send(connection, [start])
 
     def add_to_chord(

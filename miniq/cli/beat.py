@@ -23,7 +23,8 @@ from ..schedules import crontab, describe, schedule, solar
 from ..text import expand_file_name, mask_url, safe_repr
 from ..times import to_iso
 from . import daemon
-from .commands import json_argument, print_table
+from .arguments import json_argument
+from .commands import print_table
 
 EPILOG = """\
 signals:

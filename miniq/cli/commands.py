@@ -7,13 +7,14 @@ import argparse
 import json
 import sys
 import time
-from typing import Any, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
-from ..exceptions import ImproperlyConfigured, MiniqError, OperationalError, TimeoutError
+from ..exceptions import BackendError, ImproperlyConfigured, MiniqError, OperationalError, TimeoutError
 from ..result import GroupResult
 from ..text import nearest, safe_repr
 from ..times import to_iso
 from ..transports.base import QueueSize
+from .arguments import count, json_argument, seconds, seconds_or_0
 
 #: Seconds between two looks of ``queues --watch``.
 WATCH_INTERVAL_S = 2.0
@@ -41,8 +42,9 @@ def add_parsers(subparsers: Any) -> None:
     call.add_argument("--routing-key", help="routing key")
     call.add_argument("--serializer", help="json (default), pickle, ...")
     call.add_argument(
-        "--wait", type=float, metavar="SECONDS", help="wait for the result and print it as JSON"
+        "--wait", type=seconds_or_0, metavar="SECONDS", help="wait for the result and print it as JSON"
     )
+    call.add_argument("--json", action="store_true", help="print id, state and result as one JSON object")
 
     result = subparsers.add_parser(
         "result",
@@ -59,7 +61,7 @@ def add_parsers(subparsers: Any) -> None:
     result.add_argument(
         "--watch", action="store_true", help="show how far it is until it ended; code 1 if it failed"
     )
-    result.add_argument("--timeout", type=float, metavar="SECONDS", help="watch no longer than this")
+    result.add_argument("--timeout", type=seconds_or_0, metavar="SECONDS", help="watch no longer than this")
 
     purge = subparsers.add_parser(
         "purge",
@@ -70,6 +72,7 @@ def add_parsers(subparsers: Any) -> None:
     purge.add_argument("-f", "--force", action="store_true", help="do not ask")
     purge.add_argument("-Q", "--queues", help="these queues only (comma-separated)")
     purge.add_argument("-X", "--exclude-queues", help="not these queues")
+    purge.add_argument("--json", action="store_true", help="print {queue: how many were deleted} as JSON")
 
     queues = subparsers.add_parser(
         "queues",
@@ -84,7 +87,7 @@ def add_parsers(subparsers: Any) -> None:
         "-a", "--all", action="store_true", help="those of single processes too: commands, replies, events"
     )
     queues.add_argument(
-        "--watch", type=float, nargs="?", const=WATCH_INTERVAL_S, metavar="SECONDS",
+        "--watch", type=seconds, nargs="?", const=WATCH_INTERVAL_S, metavar="SECONDS",
         help=f"look again and again, so often (default {WATCH_INTERVAL_S:g}), until interrupted",
     )  # fmt: skip
 
@@ -101,7 +104,7 @@ def add_parsers(subparsers: Any) -> None:
     dead.add_argument("action", choices=("list", "show", "replay", "drop"))
     dead.add_argument("id", nargs="*", help="which (replay and drop take 'all')")
     dead.add_argument("--json", action="store_true", help="print as JSON")
-    dead.add_argument("--limit", type=int, default=100, help="how many to list (default 100)")
+    dead.add_argument("--limit", type=count, default=100, help="how many to list (default 100)")
 
 
 def run_call(app: Any, options: argparse.Namespace) -> int:
@@ -115,25 +118,40 @@ def run_call(app: Any, options: argparse.Namespace) -> int:
         pass  # a moment, then
     named = ("countdown", "eta", "priority", "queue", "exchange", "routing_key", "serializer")
     given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    if not options.task:
+        raise MiniqError("which task: its name is empty")
     if options.app:
         app.import_modules()
     try:
         result = app.send_task(options.task, args, kwargs, expires=expires, **given)
     except (ValueError, TypeError) as error:
         raise MiniqError(str(error)) from error
-    print(result.id)
-    if options.wait is not None:
-        try:
-            print(json.dumps(result.get(timeout=options.wait), default=safe_repr))
-        except TimeoutError as error:
-            raise MiniqError(str(error)) from error
-        except Exception as error:  # safety net: the task's own exception, of any kind
-            raise MiniqError(f"the task failed: {error!r}") from error
+    told = {"id": result.id}
+    if not options.json:
+        print(result.id, flush=True)
+    try:
+        if options.wait is not None:
+            told.update(result=result.get(timeout=options.wait), state="SUCCESS")
+            if not options.json:
+                print(json.dumps(told["result"], default=safe_repr))
+    except TimeoutError as error:
+        told["state"] = result.state
+        raise MiniqError(str(error)) from error
+    except (OperationalError, BackendError):
+        raise  # not the task's: nobody knows what became of it
+    except Exception as error:  # safety net: the task's own exception, of any kind
+        told.update(state=result.state, error=repr(error))
+        raise MiniqError(f"the task failed: {error!r}") from error
+    finally:
+        if options.json:  # in any case: the task was sent
+            print(json.dumps(told, default=safe_repr))
     return 0
 
 
 def run_result(app: Any, options: argparse.Namespace) -> int:
     """Print what is known of a task."""
+    if not options.id:
+        raise MiniqError("which task: its id is empty")
     try:
         return _print_result(app, options)
     except NotImplementedError as error:  # as the library has it, where there is no result backend
@@ -190,22 +208,43 @@ def _saved_group(app: Any, group_id: str) -> Optional[GroupResult]:
 
 def run_purge(app: Any, options: argparse.Namespace) -> int:
     """Delete what waits in queues; asks first."""
-    table = app.router.queues
-    names = options.queues.split(",") if options.queues else list(table)
-    names = [name for name in names if name not in (options.exclude_queues or "").split(",")]
+    configured, excluded = list(app.router.queues), _names(options.exclude_queues)
+    asked = configured if options.queues is None else _names(options.queues)
+    names = [name for name in asked if name not in excluded]
+    if not names:
+        raise MiniqError("no queue is left to purge")
+    # Where the answer is data, it is all that is on standard output.
+    aside = sys.stderr if options.json else sys.stdout
     if not options.force:
-        print(
-            f"This deletes every waiting message of: {', '.join(names)}. Really? [yes/no] ",
-            end="",
-            flush=True,
-        )
+        question = f"This deletes every waiting message of: {', '.join(names)}. Really? [yes/no] "
+        print(question, end="", file=aside, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            print("Nothing was deleted.")
+            print("Nothing was deleted.", file=aside)
             return 1
     transport = app.producer.transport
-    for name in names:
-        print(f"{name}: {transport.purge(name)} deleted")
+    known = {*configured, *(size.queue for size in transport.sizes(names))}
+    deleted: Dict[str, int] = {}
+    try:
+        for name in names:
+            deleted[name] = transport.purge(name)
+            if not options.json:
+                print(f"{name}: {deleted[name]} deleted", flush=True)
+    finally:
+        if options.json:
+            print(json.dumps(deleted))
+    # Redis lists only queues that miniq has made: what held messages was one all the same.
+    unknown = [name for name in names if name not in known and not deleted[name]]
+    if unknown:
+        hint = nearest(unknown[0], known)
+        raise MiniqError(
+            f"there is no queue {', '.join(unknown)}{f': did you mean {hint!r}?' if hint else ''}"
+        )
     return 0
+
+
+def _names(text: Optional[str]) -> List[str]:
+    """Return the names in a comma-separated list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def run_queues(app: Any, options: argparse.Namespace) -> int:
@@ -305,7 +344,12 @@ def run_dead(app: Any, options: argparse.Namespace) -> int:
         ids = [letter.id for letter in transport.dead_letters(1_000_000)]
     act = transport.replay if options.action == "replay" else transport.drop
     missing = [one for one in ids if not act(one)]
-    print(f"{len(ids) - len(missing)} {'back in their queues' if options.action == 'replay' else 'dropped'}")
+    count_done = len(ids) - len(missing)
+    if options.json:
+        key = "replayed" if options.action == "replay" else "dropped"
+        print(json.dumps({key: count_done, "unknown": missing}))
+    else:
+        print(f"{count_done} {'back in their queues' if options.action == 'replay' else 'dropped'}")
     if missing:
         raise MiniqError(f"no dead letter with id {', '.join(missing)}")
     return 0
@@ -324,17 +368,6 @@ def _dead_as_dict(letter: Any) -> Any:
         "kwargs": message.headers.get("kwargsrepr"),
         "bytes": len(message.body),
     }
-
-
-def json_argument(text: str, flag: str, kind: type) -> Any:
-    """Return the value of a flag that takes JSON of a kind; `MiniqError` says what is wrong with it."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise MiniqError(f"{flag} {text!r} is not JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise MiniqError(f"{flag} must be a JSON {'array' if kind is list else 'object'}, not {text!r}")
-    return value
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

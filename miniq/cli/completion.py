@@ -49,13 +49,14 @@ def words_of(parser: argparse.ArgumentParser) -> Tuple[List[Word], Dict[str, Tup
             helps = {one.dest: one.help or "" for one in action._choices_actions}
             for name, sub in sorted(action.choices.items()):
                 commands[name] = (_plain(helps.get(name, "")), _options(sub))
-    return _options(parser), commands
+    return [word for word in _options(parser) if word[0] not in commands], commands
 
 
 def _options(parser: argparse.ArgumentParser) -> List[Word]:
-    found: List[Word] = []
+    # A command that reads its words itself tells them by a default.
+    found: List[Word] = [(word, "") for word in parser.get_default("completed_words") or ()]
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction) or action.help == argparse.SUPPRESS:
+        if action.help == argparse.SUPPRESS:
             continue
         told = _plain(action.help or "")
         if action.option_strings:

@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Tuple
 from ..control import Reply, flatten_reply
 from ..text import nearest, safe_repr
 from ..worker.control import CommandInfo, Panel
+from .arguments import seconds_or_0
 
 #: sysexits.h: nobody is there to answer.
 EX_UNAVAILABLE = 69
@@ -53,7 +54,7 @@ def add_parsers(subparsers: Any) -> None:
         ("control", "tell workers what to do", CONTROL_EPILOG),
     ):
         parser = subparsers.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
-        parser.set_defaults(run=run_remote, complain=parser.error)
+        parser.set_defaults(run=run_remote, complain=parser.error, completed_words=sorted(_visible(name)))
         parser.add_argument("name", nargs="?", metavar="COMMAND", help="see --list")
         parser.add_argument("arguments", nargs="*", metavar="ARG", help="its arguments")
         parser.add_argument("-l", "--list", action="store_true", help="list the commands, and what they take")
@@ -65,7 +66,10 @@ def add_parsers(subparsers: Any) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-t", "--timeout", type=float, metavar="SECONDS", help="wait for answers no longer (default 1)")
+    add(
+        "-t", "--timeout", type=seconds_or_0, metavar="SECONDS",
+        help="wait for answers no longer (default 1)",
+    )  # fmt: skip
     add(
         "-d", "--destination", metavar="NODES",
         help="only these nodes (comma-separated); done as soon as all have answered",
@@ -162,7 +166,7 @@ def _find(options: argparse.Namespace) -> CommandInfo:
         options.complain(f"{options.name} is a command of `{other.type}`: {other.type} {options.name} ...")
     hint = nearest(options.name, known)
     options.complain(
-        f"unknown command {options.name!r}{f': did you mean {hint!r}?' if hint else ''}"
+        f"unknown command {options.name!r}{f': did you mean {hint!r}?' if hint else '.'}"
         f" There are: {', '.join(sorted(_visible(kind)))}"
     )
     raise AssertionError("complain() does not return")

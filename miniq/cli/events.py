@@ -26,9 +26,10 @@ EX_UNAVAILABLE = 69
 MOST_NAMES = 10_000
 EPILOG = """\
 keys on the screen:
-  j, k, arrows   the next task, the one before it       i  all that is known of it
+  j, k, arrows   the next task, the one before it;      i  all that is known of it
+                 down and up in a long text             q  leave
   c              revoke it                              t  its traceback
-  l              change the rate limit of its kind      r  its result             q  leave
+  l              change the rate limit of its kind      r  its result
 
 Workers tell of their tasks when they were started with -E, or after `control enable_events`.
 

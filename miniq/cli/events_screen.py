@@ -8,10 +8,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import textwrap
 import threading
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from unicodedata import east_asian_width
 
 from .. import states
 from ..events import EventReceiver, State
@@ -30,8 +34,10 @@ KEYS = "j:down k:up i:info t:traceback r:result c:revoke l:rate limit q:quit"
 #: Widths of the columns but for the task's name, which gets the rest.
 UUID_WIDTH, WORKER_WIDTH, TIME_WIDTH, STATE_WIDTH = 36, 16, 8, 8
 MIN_NAME_WIDTH = 10
-#: Lines around the list of tasks.
-LINES_AROUND = 6
+#: Lines around the list of tasks, and around a page.
+LINES_AROUND, LINES_AROUND_PAGE = 6, 4
+#: Keys that move within a page.
+_SCROLLS = {"j": 1, "down": 1, "k": -1, "up": -1}
 
 
 class Line(NamedTuple):
@@ -52,8 +58,12 @@ class Screen:
         self.state = state
         self.selected: Optional[str] = None
         self.has_left = False
+        #: The last line of the log.
+        self.log_line = ""
         #: Shown instead of the list until a key is pressed: title and text.
         self._page: Optional["tuple[str, str]"] = None
+        #: Its first line that is shown.
+        self._top = 0
         self._prompt: Optional[str] = None
         self._typed = ""
         self._on_enter: Callable[[str], None] = lambda text: None
@@ -70,7 +80,11 @@ class Screen:
         if self._prompt is not None:
             self._type(key)
         elif self._page is not None:
-            self._page = None
+            by = _SCROLLS.get(key)
+            if by is None:
+                self._page = None
+            else:
+                self._top = max(0, self._top + by)
         elif key in self._actions:
             try:
                 self._actions[key]()
@@ -109,7 +123,8 @@ class Screen:
     def _info(self) -> None:
         task = self._task()
         if task is not None:
-            known = {name: value for name, value in task.as_dict().items() if value not in (None, [])}
+            fields = self.state.freeze_while(task.as_dict)
+            known = {name: value for name, value in fields.items() if value not in (None, [])}
             width = max(map(len, known))
             self._show("Task", "\n".join(f"{name:>{width}}: {value}" for name, value in known.items()))
 
@@ -143,7 +158,7 @@ class Screen:
         self.has_left = True
 
     def _show(self, title: str, text: str) -> None:
-        self._page = title, text
+        self._page, self._top = (title, text), 0
 
     def _show_replies(self, replies: Any) -> None:
         lines = [
@@ -155,23 +170,28 @@ class Screen:
 
     def lines(self, width: int, height: int) -> List[Line]:
         """Return what is on the screen, no more than `height` lines of `width` characters."""
-        found = self._lines_of_page(width) if self._page is not None else self._lines_of_list(width, height)
+        lines_of = self._lines_of_list if self._page is None else self._lines_of_page
+        found = lines_of(width, height)
         if self._prompt is not None:
             found = [*found[: max(0, height - 1)], Line(self._prompt + self._typed, "title")]
-        return [Line(truncate(line.text, width)[:width], line.style) for line in found[:height]]
+        return [Line(_fit(line.text, width), line.style) for line in found[:height]]
 
-    def _lines_of_page(self, width: int) -> List[Line]:
+    def _lines_of_page(self, width: int, height: int) -> List[Line]:
         title, text = self._page or ("", "")
-        lines = [Line(title, "title"), Line("")]
+        lines: List[Line] = []
         for paragraph in text.splitlines():
-            lines += map(Line, textwrap.wrap(paragraph, width, drop_whitespace=False) or [""])
-        return [*lines, Line(""), Line("(press any key)")]
+            room = width if paragraph.isascii() else width // 2  # wide characters take two columns
+            lines += map(Line, textwrap.wrap(paragraph, max(1, room), drop_whitespace=False) or [""])
+        room = max(1, height - LINES_AROUND_PAGE)
+        self._top = min(self._top, max(0, len(lines) - room))
+        keys = "(press any key)" if len(lines) <= room else "(j, k: down and up; any other key: back)"
+        return [Line(title, "title"), Line(""), *lines[self._top : self._top + room], Line(""), Line(keys)]
 
     def _lines_of_list(self, width: int, height: int) -> List[Line]:
         state = self.state
-        workers = [worker for worker in state.workers.values() if worker.alive]
         room = max(1, height - LINES_AROUND)
-        tasks = state.freeze_while(lambda: list(state.tasks_by_time(limit=None)))
+        tasks = state.freeze_while(lambda: list(state.tasks_by_time()))
+        workers = state.freeze_while(lambda: list(state.alive_workers()))
         ids = [uuid for uuid, _ in tasks]
         first = max(0, ids.index(self.selected) - room + 1) if self.selected in ids else 0
         lines = [Line(_row(width, "UUID", "TASK", "WORKER", "TIME", "STATE"), "title")]
@@ -185,12 +205,26 @@ class Screen:
         counts = f"events: {state.event_count}  tasks: {state.task_count}  workers: {len(workers)}"
         return [
             *lines,
-            Line(""),
+            Line(self.log_line, "bad"),
             Line(f"Selected: {about}"),
             Line(f"Workers online: {names}"),
             Line(f"Info: {counts}"),
             Line(f"Keys: {KEYS}", "title"),
         ]
+
+
+def _fit(text: str, width: int) -> str:
+    """Return as much as fits into so many columns, with nothing in it that would move the cursor."""
+    text = truncate(text, width)[:width]
+    if text.isascii() and text.isprintable():
+        return text
+    shown, left = [], width
+    for char in text:
+        left -= 2 if east_asian_width(char) in "FW" else 1
+        if left < 0:
+            break
+        shown.append(char if char.isprintable() else "?")
+    return "".join(shown)
 
 
 def _row_of(width: int, task: Task) -> str:
@@ -221,6 +255,7 @@ def run(app: Any) -> int:
     except ImportError as error:
         raise MiniqError(f"this Python has no curses ({error}); use events --dump") from error
     state = State()
+    screen = Screen(app, state)
     receiver = EventReceiver(app=app, handlers={"*": state.event})
     failed: List[BaseException] = []
 
@@ -233,13 +268,38 @@ def run(app: Any) -> int:
     listener = threading.Thread(target=listen, name="miniq-events", daemon=True)
     listener.start()
     try:
-        curses.wrapper(_show, curses, Screen(app, state), listener)
+        with _log_on(screen):
+            curses.wrapper(_show, curses, screen, listener)
     finally:
         receiver.should_stop = True
         listener.join()
     if failed:
         raise failed[0]
     return 0
+
+
+class _LastLine(logging.Handler):
+    """Has the screen show what is logged."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(logging.WARNING)
+        self.screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.screen.log_line = record.getMessage()
+
+
+@contextmanager
+def _log_on(screen: Screen) -> Iterator[None]:
+    """Keep the log from being written over the screen: its last line is shown there."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    others = [one for one in before if getattr(one, "stream", None) not in (sys.stdout, sys.stderr)]
+    root.handlers[:] = [*others, _LastLine(screen)]
+    try:
+        yield
+    finally:
+        root.handlers[:] = before
 
 
 def _show(window: Any, curses: Any, screen: Screen, listener: threading.Thread) -> None:

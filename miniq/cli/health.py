@@ -39,15 +39,21 @@ examples:
 
 def command_of(words: Sequence[str]) -> Optional[str]:
     """Return the command of a command line: its first word that belongs to no option."""
+    place = _place(words)
+    return words[place] if place < len(words) else None
+
+
+def _place(words: Sequence[str]) -> int:
+    """Return where the command is; how many words there are, where there is none."""
     skip = False
-    for word in words:
+    for place, word in enumerate(words):
         if skip:
             skip = False
         elif not word.startswith("-"):
-            return word
+            return place
         else:
             skip = word in _WITH_VALUE
-    return None
+    return len(words)
 
 
 def is_asked(words: Sequence[str]) -> bool:
@@ -90,7 +96,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         allow_abbrev=False,
     )
     add_arguments(parser)
-    return run(parser.parse_args(words[words.index("health") + 1 :]))
+    return run(parser.parse_args(words[_place(words) + 1 :]))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ word on a task counts: one that was retried and then succeeded has succeeded.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -125,6 +126,8 @@ def run(app: Any, options: argparse.Namespace) -> int:
 
 def _read(files: List[str]) -> Iterator[Entry]:
     if not files:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # as the files are read
         yield from entries(sys.stdin)
     for path in files:
         try:

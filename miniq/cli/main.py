@@ -8,6 +8,8 @@ Exit codes: 0 done, 1 it failed, 2 the command line makes no sense, 69 nobody is
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import sys
 import warnings
@@ -127,6 +129,7 @@ def build_parser(command: Optional[str] = None) -> Parser:
 
 def main(argv: Optional[Sequence[str]] = None, app: Optional[MiniQ] = None) -> int:
     """Run the command line; return the exit code.  `app` stands in for ``-A``."""
+    _complete_streams()
     try:
         code = _run(argv, app)
         sys.stdout.flush()
@@ -135,6 +138,26 @@ def main(argv: Optional[Sequence[str]] = None, app: Optional[MiniQ] = None) -> i
         # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return fail(f"cannot write: {error.strerror}")
+    except KeyboardInterrupt:
+        return 130
+
+
+def _complete_streams() -> None:
+    """Give a process that was started with closed streams empty ones, and let print write any name.
+
+    Their numbers are taken then: a socket that got one of them would be written to by mistake.
+    """
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_WRONLY, "w"),
+                              ("stderr", os.O_WRONLY, "w")):  # fmt: skip
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
 
 
 def _run(argv: Optional[Sequence[str]], app: Optional[MiniQ]) -> int:
@@ -148,7 +171,8 @@ def _run(argv: Optional[Sequence[str]], app: Optional[MiniQ]) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    if options.workdir:
+    is_detaching = getattr(options, "detach", False) and not options.detached
+    if options.workdir and not is_detaching:  # else the new process does, once
         try:
             os.chdir(options.workdir)
         except OSError as error:
@@ -160,7 +184,7 @@ def _run(argv: Optional[Sequence[str]], app: Optional[MiniQ]) -> int:
     with warnings.catch_warnings():
         _show_own_warnings_as_lines()
         try:
-            if getattr(options, "detach", False) and not options.detached:
+            if is_detaching:
                 return _detach(words, app, options)
             daemon.become(options)
             if getattr(options, "needs_app", True):
@@ -225,6 +249,8 @@ def configure(app: MiniQ, options: argparse.Namespace) -> None:
         ("result_backend", options.result_backend, "RESULT_BACKEND"),
     ):
         value = given
+        if value == "":
+            raise MiniqError(f"{name}: the URL on the command line is empty; give one, or leave it out")
         if value is None and app.conf.get(name) is None:
             value = os.environ.get(f"MINIQ_{variable}") or os.environ.get(f"CELERY_{variable}")
         if value:

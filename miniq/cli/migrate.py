@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -28,6 +29,7 @@ from ..text import mask_url
 from ..transports.amqp_delay import LEVELS, MAX_LEVEL, ladder_name, native_name, strip_prefix
 from ..transports.amqp_message import from_content, take_marks
 from ..transports.base import TRANSPORTS, Publication, Transport, transport_class
+from .arguments import count_or_0, seconds_or_0
 from .commands import is_private
 
 #: Messages that are published together.
@@ -64,9 +66,9 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="URL of the broker to take them from")
     add("destination", metavar="DESTINATION", help="URL of the broker to bring them to")
-    add("-n", "--limit", type=int, metavar="N", help="move so many at most")
+    add("-n", "--limit", type=count_or_0, metavar="N", help="move so many at most")
     add(
-        "-t", "--timeout", type=float, default=1.0, metavar="SECONDS",
+        "-t", "--timeout", type=seconds_or_0, default=1.0, metavar="SECONDS",
         help="end when nothing came for so long (default 1)",
     )  # fmt: skip
     add("-a", "--ack-messages", action="store_true", help="accepted; what was moved is always acknowledged")
@@ -215,6 +217,9 @@ class _Store:
 
     def __init__(self, app: Any, url: str, names: Dict[str, str]) -> None:
         self._until = 0.0
+        kind, _, path = url.partition(":///")
+        if kind.lower() == "sqlite" and not os.path.exists(path):
+            raise MiniqError(f"{url}: there is no such file")  # it would be made, and be empty
         self._transport = _transport(app, url, self._now)
         known = {size.queue for size in self._transport.sizes(app.router.queues)}
         missing = sorted(set(names) - known)

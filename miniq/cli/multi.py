@@ -21,6 +21,7 @@ from .. import __version__
 from ..exceptions import MiniqError
 from ..health import is_alive
 from ..text import expand_file_name, nearest, node_name, split_node_name
+from .arguments import seconds_or_0
 from .daemon import LOG_FILE, read_pid
 
 PACKAGE = (__package__ or "miniq.cli").rpartition(".")[0]
@@ -78,7 +79,11 @@ class Node(NamedTuple):
     @property
     def pid_path(self) -> str:
         """Its pid file."""
-        return expand_file_name(self.options.get("--pidfile") or PID_FILE, self.name)
+        return self.path(self.options.get("--pidfile") or PID_FILE)
+
+    def path(self, template: str) -> str:
+        """Return a file's name as the worker sees it, which may be told to change to another folder."""
+        return os.path.join(self.options.get("--workdir") or "", expand_file_name(template, self.name))
 
     @property
     def pid(self) -> Optional[int]:
@@ -90,11 +95,13 @@ class Node(NamedTuple):
         """Say that the process may be this worker: another one may have got its number meanwhile."""
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
-                words = file.read().split(b"\0")
+                words = file.read().decode("utf-8", "replace").split("\0")
         except OSError:
             return True  # this system does not tell
-        # A program may have given its worker another title; one that was started here has the name.
-        return len(words) < 3 or self.name.encode() in words or PACKAGE.encode() not in words
+        # By its name, however it was given: a worker that was started in another way is found, too.
+        given = [after for word, after in zip(words, words[1:]) if word in ("-n", "--hostname")]
+        given += [word.partition("=")[2] for word in words if word.startswith("--hostname=")]
+        return self.name in words or any(node_name(name) == self.name for name in given)
 
     def command(self) -> List[str]:
         """Return what starts it."""
@@ -161,7 +168,7 @@ def nodes_of(words: Sequence[str]) -> List[Node]:
     hostname = take("--hostname", None) or take("-n", None)
     prefix, suffix = take("--prefix", None) or "", take("--suffix", None)
     range_prefix = take("--range-prefix", None) or RANGE_PREFIX
-    if not names:
+    if not names or names == ["0"]:
         raise Misuse("which workers? Give names, or a number of them")
     is_range = len(names) == 1 and names[0].isdigit()
     if is_range:
@@ -235,7 +242,8 @@ class Multi:
         command = node.command()
         if self._verbose:
             self.say(f"  {shlex.join(command)}")
-        for path in (node.pid_path, expand_file_name(node.options.get("--logfile") or "x", node.name)):
+        log = node.options.get("--logfile") or node.options.get("-f") or LOG_FILE
+        for path in (node.pid_path, node.path(log)):
             folder = os.path.dirname(path)
             if folder:
                 os.makedirs(folder, exist_ok=True)
@@ -298,11 +306,11 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the command line."""
     parser = subparsers.add_parser("multi", help="start and stop several workers", epilog=EPILOG,
                                    description=DESCRIPTION)  # fmt: skip
-    parser.set_defaults(run=run, needs_app=False, parser=parser)
+    parser.set_defaults(run=run, needs_app=False, parser=parser, completed_words=COMMANDS)
     parser.add_argument("--nosplash", action="store_true", help="do not print the version")
     parser.add_argument("--quiet", action="store_true", dest="silent", help="print failures only")
     parser.add_argument("--verbose", action="store_true", help="print the commands that are run")
-    parser.add_argument("--wait", type=float, default=WAIT_S, help=argparse.SUPPRESS)
+    parser.add_argument("--wait", type=seconds_or_0, default=WAIT_S, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="see below")
 
 
@@ -315,16 +323,16 @@ def run(app: Any, options: argparse.Namespace) -> int:
     for flag in flags:
         flags[flag] = flags[flag] or flag in words or (options.quiet and flag != "--verbose")
         words = [word for word in words if word != flag]
-    wait_s = options.wait
-    for word in [word for word in words if word.startswith("--wait=")]:
-        words.remove(word)
-        wait_s = _seconds(word[7:])
     for flag, value in (("-A", options.app), ("-b", options.broker), ("--config", options.config),
                         ("--result-backend", options.result_backend)):  # fmt: skip
         words = [*words, flag, value] if value is not None else words
     name, *words = words or ["help"]
-    multi = Multi(flags["--quiet"], flags["--verbose"], wait_s)
     try:
+        wait_s = options.wait
+        for word in [word for word in words if word.startswith("--wait=")]:
+            words.remove(word)
+            wait_s = seconds_or_0(word[7:])
+        multi = Multi(flags["--quiet"], flags["--verbose"], wait_s)
         if name in ("start", "stop", "stopwait", "stop_verify", "restart", "kill"):
             if not flags["--nosplash"]:
                 multi.say(f"{PACKAGE} multi v{__version__}")
@@ -332,16 +340,9 @@ def run(app: Any, options: argparse.Namespace) -> int:
                 return 0 if multi.stop(words, verify=True) else 1
             return 0 if getattr(multi, name)(words) else 1
         return _tell(name, words, options)
-    except Misuse as error:
+    except (Misuse, argparse.ArgumentTypeError) as error:
         print(f"{options.parser.prog}: error: {error}", file=sys.stderr)
         return 2
-
-
-def _seconds(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise Misuse(f"--wait={text}: this is no number of seconds") from None
 
 
 def _tell(name: str, words: List[str], options: argparse.Namespace) -> int:

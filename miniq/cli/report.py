@@ -15,6 +15,7 @@ from ..graph import DependencyGraph
 from ..pools.base import pool_class
 from ..text import mask_url, safe_repr
 from ..transports.base import transport_class
+from .arguments import seconds_or_0
 from .commands import print_table
 
 EX_UNAVAILABLE = 69
@@ -53,7 +54,7 @@ def add_parsers(subparsers: Any) -> None:
     graph.set_defaults(run=run_graph)
     graph.add_argument("what", choices=("bootsteps", "workers"))
     graph.add_argument(
-        "-t", "--timeout", type=float, default=1.0, metavar="SECONDS",
+        "-t", "--timeout", type=seconds_or_0, default=1.0, metavar="SECONDS",
         help="how long workers may take to answer (default 1)",
     )  # fmt: skip
 

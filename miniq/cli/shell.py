@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import code
 import sys
+import traceback
 from typing import Any, Dict
 
 from .. import __version__
@@ -68,8 +69,12 @@ def run(app: Any, options: argparse.Namespace) -> int:
     app.set_current()
     names = names_for(app, not options.without_tasks)
     if not sys.stdin.isatty() and options.kind in (None, "python"):
-        program = _Program(names)
-        program.runcode(compile(sys.stdin.read(), "<stdin>", "exec"))
+        program = _Program({"__name__": "__main__", **names})
+        try:
+            program.runcode(compile(sys.stdin.read(), "<stdin>", "exec"))
+        except (SyntaxError, ValueError) as error:  # ValueError: a zero byte, in Python up to 3.11
+            print(*traceback.format_exception_only(type(error), error), sep="", end="", file=sys.stderr)
+            return 1
         return int(program.failed)
     for kind in ("ipython", "bpython") if options.kind is None else (options.kind,):
         if kind not in SHELLS:

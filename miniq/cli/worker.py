@@ -19,6 +19,7 @@ from ..pools.base import POOLS
 from ..text import mask_url
 from ..worker.worker import Worker
 from . import daemon
+from .arguments import count, count_or_0, seconds
 
 #: The same signal again within this many seconds is one that came twice: once to the process and once
 #: to its group, as `timeout`, shells and some init programs send it.
@@ -59,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
         "--hostname",
         help="node name; %%h host, %%n its first part, %%d its domain (default celery@%%h)",
     )
-    add("-c", "--concurrency", type=_count, help="how many tasks run at once (default: CPUs)")
+    add("-c", "--concurrency", type=count, help="how many tasks run at once (default: CPUs)")
     add("-P", "--pool", help=f"{', '.join(sorted(POOLS))}, or module:Class (default prefork)")
     add("-Q", "--queues", help="consume from these queues only (comma-separated)")
     add("-X", "--exclude-queues", help="do not consume from these queues")
@@ -74,13 +75,13 @@ def add_parser(subparsers: Any) -> None:
     daemon.add_health_file(parser)
     daemon.add_arguments(parser)
     add("-O", dest="optimization", choices=("default", "fair"), help="accepted; the pool is always fair")
-    add("--time-limit", type=_seconds, help="hard time limit in seconds, for tasks that have none")
-    add("--soft-time-limit", type=_seconds, help="soft time limit in seconds, for tasks that have none")
-    add("--max-tasks-per-child", type=_count, help="replace a child after this many tasks")
-    add("--max-memory-per-child", type=_count, help="replace a child that uses more KiB after a task")
+    add("--time-limit", type=seconds, help="hard time limit in seconds, for tasks that have none")
+    add("--soft-time-limit", type=seconds, help="soft time limit in seconds, for tasks that have none")
+    add("--max-tasks-per-child", type=count, help="replace a child after this many tasks")
+    add("--max-memory-per-child", type=count, help="replace a child that uses more KiB after a task")
     add("--pool-start-method", choices=("fork", "forkserver", "spawn"), help="how children are made")
     add(
-        "--prefetch-multiplier", type=_count_or_0,
+        "--prefetch-multiplier", type=count_or_0,
         help="1: take messages for free slots only (default); n: up to (n-1) x concurrency more; 0: many",
     )  # fmt: skip
     add("--disable-prefetch", action="store_true", help="the same as --prefetch-multiplier=1")
@@ -91,34 +92,10 @@ def add_parser(subparsers: Any) -> None:
     add("--scheduler", help="with -B: name or class of the scheduler")
     add("-E", "--task-events", "--events", action="store_true", help="tell what becomes of tasks (events)")
     add("--without-heartbeat", action="store_true", help="do not tell every now and then that it lives")
-    add("--heartbeat-interval", type=_seconds, metavar="SECONDS", help="between two heartbeats (default 2)")
+    add("--heartbeat-interval", type=seconds, metavar="SECONDS", help="between two heartbeats (default 2)")
     add("-S", "--statedb", metavar="FILE", help="accepted without effect: the broker keeps revocations")
     for flag, why in WITHOUT_EFFECT.items():
         add(flag, action="store_true", help=f"accepted without effect: {why}")
-
-
-def _count_or_0(text: str, least: int = 0) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
-    return value
-
-
-def _count(text: str) -> int:
-    return _count_or_0(text, 1)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return value
 
 
 def _autoscale(text: str) -> "tuple[int, int]":

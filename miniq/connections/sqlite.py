@@ -104,6 +104,8 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
             DELETE FROM chord_bodies WHERE group_id=old.group_id;
             DELETE FROM chord_parts WHERE group_id=old.group_id; END""",
     ),
+    # Periodic tasks.
+    ("CREATE TABLE schedule(name TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID",),
 )
 
 #: Largest number of ids in one statement; old SQLite allows 999 variables.

@@ -15,7 +15,7 @@ import time
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 from .. import _state
-from ..event import event_queue
+from ..event import event_queue, is_event
 from ..exceptions import MiniqError
 from ..mailbox import Inbox
 from ..message import Message
@@ -106,7 +106,7 @@ class EventReceiver:
             return
         events: List[Any] = body if isinstance(body, list) else [body]
         for event in events:
-            if isinstance(event, dict) and isinstance(event.get("type"), str):
+            if is_event(event):
                 self.process(*self.event_from_message(event))
             else:
                 logger.error("What came in the queue of events is none and is dropped: %.200r", event)

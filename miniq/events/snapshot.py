@@ -62,6 +62,8 @@ class Polaroid:
 
     def install(self) -> None:
         """Begin to take pictures."""
+        if self._thread is not None:
+            return
         self._ended.clear()
         self._thread = threading.Thread(target=self._run, name="miniq-camera", daemon=True)
         self._thread.start()
@@ -93,17 +95,18 @@ class Polaroid:
         self.on_cleanup()
 
     def shutter(self) -> None:
-        """Take a picture, unless the last one was too short ago."""
-        mono = time.monotonic()
-        if mono < self._next_mono:
-            return
-        self._next_mono = mono + self._pause_s
+        """Take a picture now."""
+        self._next_mono = time.monotonic() + self._pause_s
         self.shutter_signal.send(sender=self.state)
         self.on_shutter(self.state)
 
     def capture(self) -> None:
-        """Take a picture while the state does not change."""
-        self.state.freeze_while(self.shutter, clear_after=self.clear_after)
+        """Take a picture while the state does not change, unless the last one was too short ago.
+
+        Nothing is forgotten that is in no picture, because there was none or it failed.
+        """
+        if time.monotonic() >= self._next_mono:
+            self.state.freeze_while(self.shutter, clear_after=self.clear_after)
 
     def cancel(self) -> None:
         """Take the last picture and end."""

@@ -43,6 +43,8 @@ HEARTBEAT_EXPIRE_WINDOW = 200
 HEARTBEAT_DRIFT_MAX = 16
 #: Heartbeats of a worker that are remembered.
 HEARTBEATS_MAX = 4
+#: Names of tasks and workers of which nothing is remembered any more, until they are looked for.
+EMPTY_KEYS_MAX = 1000
 #: Children that are remembered of parents that nothing was heard of.
 MOST_PENDING_CHILDREN = 10_000
 
@@ -65,6 +67,9 @@ _MERGED = {
         "routing_key", "client",
     ),
 }  # fmt: skip
+
+#: Attributes of a task that are never taken from an event.
+_OWN = frozenset({"worker", "children", "cluster_state", "newest"})
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -161,7 +166,7 @@ class Worker:
     @property
     def heartbeat_expires(self) -> float:
         """When it is taken for gone if nothing more is heard of it (epoch seconds)."""
-        return heartbeat_expires(self.heartbeats[-1], self.freq, self.expire_window)
+        return heartbeat_expires(self.heartbeats[-1], self.freq or 60, self.expire_window)
 
     @property
     def alive(self) -> bool:
@@ -274,8 +279,10 @@ class Task:
             values.update(state=state, timestamp=timestamp)
         if not is_older:
             self.newest = at
-        # Events are made by anybody: none may put itself before a method.
-        self.__dict__.update((name, value) for name, value in values.items() if not hasattr(Task, name))
+        # Events are made by anybody: none may put itself before a method or what is known otherwise.
+        self.__dict__.update(
+            (name, value) for name, value in values.items() if name not in _OWN and not hasattr(Task, name)
+        )
 
     def _is_older(self, at: Tuple[float, int, Optional[str]]) -> bool:
         """Say whether something happened before the newest event that was heard of."""
@@ -349,9 +356,16 @@ class _Index(Dict[str, "weakref.WeakSet[Task]"]):
         self._state = state
 
     def __missing__(self, key: str) -> "weakref.WeakSet[Task]":
+        if len(self) % EMPTY_KEYS_MAX == EMPTY_KEYS_MAX - 1:
+            self.drop_empty()
         made: "weakref.WeakSet[Task]" = weakref.WeakSet()
         self[key] = made
         return made
+
+    def drop_empty(self) -> None:
+        """Forget names of which no task is remembered."""
+        for key in [key for key, tasks in self.items() if not tasks]:
+            del self[key]
 
     def __call__(
         self, key: str, limit: Optional[int] = None, reverse: bool = True
@@ -511,13 +525,15 @@ class State:
     def freeze_while(
         self, fun: Callable[..., Any], *args: Any, clear_after: bool = False, **kwargs: Any
     ) -> Any:
-        """Call a function while nothing changes; with `clear_after`, forget what has ended."""
+        """Call a function while nothing changes; with `clear_after`, forget then what has ended.
+
+        If the function raises, nothing is forgotten.
+        """
         with self._mutex:
-            try:
-                return fun(*args, **kwargs)
-            finally:
-                if clear_after:
-                    self._clear(True)
+            found = fun(*args, **kwargs)
+            if clear_after:
+                self._clear(True)
+            return found
 
     def clear_tasks(self, ready: bool = True) -> None:
         """Forget tasks: those that have not ended are kept, unless `ready` is False."""
@@ -529,9 +545,8 @@ class State:
         self.tasks.clear()
         for uuid, task in kept:
             self.tasks[uuid] = task
-        for index in (self.tasks_by_type, self.tasks_by_worker):
-            for name in [name for name, tasks in index.items() if not tasks]:
-                del index[name]
+        self.tasks_by_type.drop_empty()
+        self.tasks_by_worker.drop_empty()
 
     def clear(self, ready: bool = True) -> None:
         """Forget tasks as `clear_tasks` does, all workers, and the counts."""

@@ -18,6 +18,7 @@ from ..log import get_logger
 from ..loop import Loop
 from ..mailbox import Mailbox
 from ..message import Message
+from ..pools.base import signal_number
 from ..routing import Queue
 from ..serialization import dumps, loads
 from ..signatures import new_task_id
@@ -194,13 +195,17 @@ def encode_reply(node: str, value: Any, serializer: str) -> Tuple[Tuple[str, str
     """Return ``(content type, encoding, bytes)`` of ``{node: value}``, and how many entries it lacks.
 
     A list that makes too much is cut; anything else, or what cannot be encoded, is replaced by an error.
+    Errors are told as JSON: the serializer itself may be what is missing here.
     """
-    left_out = 0
+    left_out, has_failed = 0, False
     while True:
         try:
             encoded = dumps({node: value}, serializer)
         except MiniqError as error:
-            value, left_out = nok(truncate(repr(error), 1000)), 0
+            if has_failed:
+                raise
+            has_failed = True
+            value, left_out, serializer = nok(truncate(repr(error), 1000)), 0, "json"
             continue
         size = len(encoded[2])
         if size <= MAX_REPLY_BYTES:
@@ -216,6 +221,8 @@ def encode_reply(node: str, value: Any, serializer: str) -> Tuple[Tuple[str, str
 def addressed(hostname: str, body: Mapping[str, Any]) -> bool:
     """Say whether a command is meant for the worker called `hostname`; `ValueError` for a bad pattern."""
     destination, pattern = body.get("destination"), body.get("pattern")
+    if isinstance(destination, str):  # not what Celery sends; part of a name is not meant
+        return hostname == destination
     if destination is not None:
         return hostname in destination
     return pattern is None or matches(hostname, pattern, body.get("matcher"))
@@ -230,6 +237,8 @@ def revoke(
 ) -> Dict[str, str]:
     """Do not start tasks, by their ids; with terminate, stop those that run."""
     ids = [task_id] if isinstance(task_id, str) else [str(one) for one in task_id]
+    if terminate:
+        signal_number(signal or "SIGTERM")  # a wrong name is said whether the task runs here or not
     until = state.app.wall() + revoke_expires_s()
     stopped: List[str] = state.tasks.revoke(ids, until, bool(terminate), signal or "SIGTERM")
     if terminate:
@@ -299,6 +308,9 @@ def time_limit(
     **_: Any,
 ) -> Dict[str, str]:
     """Change the time limits (seconds) of a task."""
+    for limit in (soft, hard):
+        if limit is not None and not 0 <= limit < float("inf"):
+            return nok(f"a time limit is a number of seconds from 0 up, not {limit!r:.100}")
     try:
         state.tasks.admission.set_time_limit(task_name, soft, hard)
     except NotRegistered:
@@ -355,16 +367,19 @@ def pool_grow(state: ControlledWorker, n: int = 1, **_: Any) -> Dict[str, str]:
 @control_command(args=[("n", int)], signature="[N=1]")
 def pool_shrink(state: ControlledWorker, n: int = 1, **_: Any) -> Dict[str, str]:
     """Take slots away."""
-    _resize(state, -int(n))
+    _resize(state, int(n), shrink=True)
     return ok("pool will shrink")
 
 
-def _resize(state: ControlledWorker, n: int) -> None:
+def _resize(state: ControlledWorker, n: int, shrink: bool = False) -> None:
+    if n < 0:
+        raise ValueError(f"n is a number of slots from 0 up, not {n}")
     size = state.pool.size
-    if n >= 0:
-        state.pool.grow(n)
+    if shrink:
+        state.pool.shrink(n)
+        n = -n
     else:
-        state.pool.shrink(-n)
+        state.pool.grow(n)
     if state.autoscale:
         # So that it is not undone at once.
         most, least = state.autoscale

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
@@ -14,7 +15,7 @@ from beat_stage import Clock, Stage
 from wire import compare, find, of_redis
 
 from miniq import MiniQ, chain, chord, group
-from miniq.beat import BeatLazyFunc, Scheduler, scheduler_class
+from miniq.beat import ASK_AGAIN_S, BeatLazyFunc, Scheduler, scheduler_class
 from miniq.beat_entry import State, tick_id
 from miniq.exceptions import ImproperlyConfigured, UnknownOption
 from miniq.schedules import BaseSchedule, crontab, schedstate, schedule, to_json
@@ -241,6 +242,27 @@ def test_overlap_skip_takes_a_run_whose_result_is_no_longer_kept_for_ended(stage
     assert stage.sent() == 2
 
 
+def test_overlap_skip_waits_alone_while_the_result_backend_fails(
+    stage: Stage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    entries = {**every(10, "careful", overlap="skip"), **every(10, "other", task="elsewhere")}
+    beat = stage.beat(entries, result_backend=f"file://{tmp_path}")
+    stage.pass_time(10, beat)
+    (first,) = (message.headers["id"] for message in stage.messages() if message.headers["task"] == "add")
+    in_the_way = tmp_path / f"celery-task-meta-{first}"
+    in_the_way.mkdir()
+    stage.pass_time(10, beat)
+    stage.pass_time(ASK_AGAIN_S, beat)
+    assert [message.headers["task"] for message in stage.messages()] == ["add", "elsewhere", "elsewhere"]
+    in_the_way.rmdir()
+    _finish(beat.app, first)
+    stage.pass_time(ASK_AGAIN_S, beat)
+    assert sorted(message.headers["task"] for message in stage.messages()) == ["add"] * 2 + ["elsewhere"] * 3
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2 and "entry 'careful' waits" in told[0] and "'careful' goes on" in told[1]
+
+
 def _finish(app: MiniQ, task_id: str) -> None:
     app.tasks["add"].update_state(task_id, "SUCCESS", 3)
 
@@ -284,6 +306,14 @@ def test_clock_set_back_makes_an_interval_begin_anew(stage: Stage, caplog: pytes
     assert stage.sent() == 2
     ids = [message.headers["id"] for message in stage.messages()]
     assert len(set(ids)) == 2
+
+
+def test_crontab_that_was_sent_by_a_wrong_clock_does_not_wait_for_it(stage: Stage) -> None:
+    beat = stage.beat(every(crontab(minute="*/10")))
+    stage.pass_time(3 * 86400, beat)
+    stage.pass_time(-3 * 86400, beat)
+    stage.pass_time(600, beat)
+    assert stage.sent() == 2
 
 
 def test_clock_set_back_a_little_sends_nothing_twice(stage: Stage) -> None:
@@ -399,6 +429,24 @@ def test_paused_entry_is_not_sent_until_it_goes_on_and_nothing_is_made_up_for(st
     assert stage.sent() == 1
 
 
+def test_resume_of_what_is_not_paused_moves_no_tick(stage: Stage) -> None:
+    beat = stage.beat(every(10))
+    stage.pass_time(9, beat)
+    beat.resume("entry")
+    stage.pass_time(1, beat)
+    assert stage.sent() == 1
+
+
+def test_unreadable_records_can_be_changed_and_removed(stage: Stage) -> None:
+    beat = stage.beat(every(10))
+    assert beat.store.swap("added", None, "garbage")
+    assert beat.store.swap("entry", beat.store.read("entry"), "{}")
+    beat.pause("entry")
+    assert beat.records()["entry"].paused
+    beat.remove("added")
+    assert list(beat.store.load()) == ["entry"]
+
+
 def test_entry_that_no_beat_has_seen_yet_can_be_paused(stage: Stage) -> None:
     stage.app(every(10)).schedules.pause("entry")
     beat = stage.beat(every(10))
@@ -503,6 +551,7 @@ def test_record_reads_back_as_it_was_and_no_garbage_is_taken_for_one(seed: int) 
         ({"task": "add", "schedule": 10, "overlap": "maybe"}, "overlap must be one of allow, skip"),
         ({"task": "add", "schedule": 10, "kwargs": [1]}, "kwargs must be a dict"),
         ({"task": "add", "schedule": 10, "options": "queue"}, "options must be a dict"),
+        ({"task": "add", "schedule": 10, "enabled": "no"}, "enabled must be True or False"),
         ("add", "expected a dict"),
     ],
 )
@@ -510,6 +559,28 @@ def test_entry_that_makes_no_sense_is_refused_at_the_start(stage: Stage, values:
     with pytest.raises(ImproperlyConfigured, match="'entry'") as caught:
         stage.beat({"entry": values})
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [1, ("a",), "a\ud800"])
+def test_name_that_no_store_takes_is_refused_at_the_start(stage: Stage, name: Any) -> None:
+    with pytest.raises(ImproperlyConfigured, match="the name of a periodic task must be text"):
+        stage.beat({name: {"task": "add", "schedule": 10}})
+
+
+def test_entry_without_a_name_has_that_of_its_task(stage: Stage) -> None:
+    beat = stage.beat({"": {"task": "add", "schedule": 10}})
+    assert list(beat.schedule) == list(beat.records()) == ["add"]
+    beat = stage.beat({"": {"task": "add", "schedule": 5}})
+    stage.pass_time(5, beat)
+    assert stage.sent() == 1, "as anew, it counts as another schedule"
+
+
+def test_task_id_among_the_options_is_that_of_every_run(stage: Stage) -> None:
+    beat = stage.beat(every(10, options={"task_id": "same"}))
+    stage.pass_time(10, beat)
+    stage.pass_time(10, beat)
+    assert [message.headers["id"] for message in stage.messages()] == ["same", "same"]
+    assert beat.schedule["entry"].state.last_id == "same"
 
 
 def test_periodic_tasks_are_added_by_signature_task_or_name(stage: Stage) -> None:

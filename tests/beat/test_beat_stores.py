@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
@@ -19,6 +22,7 @@ from miniq.connections.memory import reset
 from miniq.connections.redis import Server
 from miniq.exceptions import ImproperlyConfigured, OperationalError
 
+ROOT = Path(__file__).parents[2]
 KINDS = ("memory", "sqlite", "redis", "file", "other redis")
 
 
@@ -204,6 +208,46 @@ def test_file_that_is_no_database_is_set_aside(tmp_path: Path, caplog: pytest.Lo
     store.close()
 
 
+def test_beats_that_start_together_over_a_damaged_file_share_the_new_one(tmp_path: Path) -> None:
+    source = """
+        import sys
+        from miniq import MiniQ
+        from miniq.beat_store import open_store
+
+        app = MiniQ("proj", broker="memory://")
+        print("ready", flush=True)
+        for line in sys.stdin:
+            store = open_store(app, line.strip())
+            assert store.swap(sys.argv[1], None, "one")
+            store.close()
+            print("ready", flush=True)
+    """
+    paths = [tmp_path / f"state{number}.sqlite" for number in range(20)]
+    beats = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(source), f"beat{number}"],
+            cwd=ROOT, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    for path in paths:
+        path.write_bytes(b"no database" * 1000)
+        for beat in beats:
+            assert beat.stdout is not None and beat.stdout.readline() == b"ready\n"
+        for beat in beats:
+            assert beat.stdin is not None
+            beat.stdin.write(f"{path}\n".encode())
+    for beat in beats:
+        _, said = beat.communicate(timeout=60)
+        assert beat.returncode == 0, said
+    app = MiniQ("proj", broker="memory://")
+    for path in paths:
+        store = open_store(app, str(path))
+        assert sorted(store.load()) == ["beat0", "beat1", "beat2"]
+        store.close()
+        assert len(list(tmp_path.glob(f"{path.name}.unreadable-*"))) == 1
+
+
 @pytest.mark.parametrize("kept", [0, 10, 100, 4096, 9000, 20000])
 def test_beat_starts_with_a_truncated_file(
     tmp_path: Path, clock: Clock, kept: int, caplog: pytest.LogCaptureFixture
@@ -382,6 +426,9 @@ def test_beat_whose_broker_is_away_keeps_its_claim_and_sends_when_it_is_back(
     apart.broken = False
     assert beat.tick() > 0
     assert len(apart.ids()) == 1 and "reached again after" in caplog.text
+    assert beat.away_since_mono is None and not beat.changed()
+    beat.save(name="other", task="t", schedule=10)
+    assert beat.changed(), "it looks for changes again"
     beat.close()
 
 

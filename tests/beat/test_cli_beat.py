@@ -107,6 +107,7 @@ def test_beat_waits_for_a_server_that_is_down(program: Callable[..., Program], t
     [
         (["-S", "persistant"], "did you mean persistent"),
         (["-S", "no.module:Scheduler"], "there is no module 'no"),
+        (["-S", "miniq.schedules:crontab"], "'miniq.schedules:crontab' is no scheduler"),
         (["-l", "loud"], "unknown log level 'loud'"),
         (["--max-interval", "-1"], "is not a number of seconds above 0"),
     ],
@@ -182,6 +183,9 @@ def test_scheduler_that_keeps_its_entries_itself_says_so(inside: Inside, capsys:
     class Theirs:
         def __init__(self, app: Any, **_: Any) -> None:
             pass
+
+        def tick(self) -> float:
+            return 1.0
 
         def close(self) -> None:
             pass

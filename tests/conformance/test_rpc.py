@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from chord_suite import BODY, OVER, ChordSuite, entry, part
 from proxy import Proxy
+from servers import RabbitServer
 from transport_suite import Clock
 from waiting import wait_until
 
@@ -17,7 +18,9 @@ from miniq.backends.base import CLAIM_S, Backend, ChordPart, StoredResult
 from miniq.backends.rpc import RpcBackend
 from miniq.connections import replies
 from miniq.connections.amqp import Server
+from miniq.plan import WATCH_S
 from miniq.transports.base import Transport
+from miniq.workflow_tasks import LONGEST_LOOK_S
 
 
 class ToItself(RpcBackend):
@@ -139,7 +142,20 @@ class TestRpcBackend(ChordSuite):
             assert backend.finish_chord(name, claim)
             assert not backend.has_chord(name)
 
-    def test_chord_past_its_time_is_forgotten(self, backend: Backend, clock: Clock) -> None:
+    def test_chord_is_kept_until_a_task_has_looked_however_short_its_time_is(
+        self, backend: Backend, rabbit_server: RabbitServer, url: str
+    ) -> None:
+        longest_pause_s = max(WATCH_S, LONGEST_LOOK_S)
+        for group_id, kept_s in (("short", 1.0), ("long", 1000.0)):
+            backend.start_chord(group_id, 2, BODY, kept_s)
+        queues = rabbit_server.queues(urlsplit(url).path[1:])
+        short, long = (queues[f"celery.chord.{name}"]["arguments"] for name in ("short", "long"))
+        assert short["x-expires"] >= 2000 * longest_pause_s and long["x-expires"] == 1_000_000
+
+    def test_chord_past_its_time_is_forgotten(
+        self, backend: Backend, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("miniq.backends.rpc_chords.LEAST_KEPT_S", 0.05)
         backend.start_chord("g", 2, BODY, 0.05)
         # Who asks keeps it for as long again, so it is not asked too often.
         late = lambda: backend.arrive_at_chord(part(0)) == OVER  # noqa: E731

@@ -20,6 +20,8 @@ from workers import environment
 
 pytestmark = pytest.mark.over("redis", "amqp+redis")
 
+#: A space that no other test has.
+DB = 6
 #: Who asks, and who is asked.
 DIRECTIONS = (("celery", "miniq"), ("miniq", "celery"))
 TASK_INFO = {
@@ -184,10 +186,10 @@ def test_the_command_line_as_a_process(operator: Operator) -> None:
 @pytest.mark.over("redis")
 def test_a_worker_leaves_when_told_to(fleet: Fleet) -> None:
     for _, asked in DIRECTIONS:
-        fleet.start(f"leaver_{asked}", asked, f"leave_{asked}", space=4)
+        fleet.start(f"leaver_{asked}", asked, f"leave_{asked}", space=DB)
     for asks, asked in DIRECTIONS:
         leaver = fleet.workers[f"leaver_{asked}"].wait_ready()
-        control, node = fleet.side(asks, space=4).app.control, [f"leaver_{asked}@interop"]
+        control, node = fleet.side(asks, space=DB).app.control, [f"leaver_{asked}@interop"]
         # Celery's worker is ready a little before it hears.
         wait_until(lambda: control.ping(destination=node, timeout=0.5), TIMEOUT_S)  # noqa: B023 - at once
         control.shutdown(destination=node)
