@@ -186,7 +186,7 @@ class Scheduler:
         """Read all records; the first time, make those that are missing, and let changes of the code count.
 
         Of beats with different versions of the code, the one that was started last decides about an
-        entry's schedule; the others leave that entry to it.
+        entry; the others take it from the record, or where it cannot be written there, leave it to that one.
         """
         # Before the records: a change between the two is seen at the next look.
         version = self.store.version()
@@ -233,13 +233,27 @@ class Scheduler:
                     self._refresh(entry)
                     return
                 state, text = wanted, wanted.text()
-        entry.take(state, text)
         if state.mark != entry.mark:
+            entry = self._as_later_code_has_it(entry, state)
+        entry.take(state, text)
+        self._plan(entry)
+
+    def _as_later_code_has_it(self, entry: ScheduleEntry, state: State) -> ScheduleEntry:
+        """Return the entry as code has it that was started later: that counts, also when its beat dies."""
+        try:
+            found = ScheduleEntry.from_spec(entry.name, state.spec or {}, self.app)
+            self._check_overlap(found)
+        except (MiniqError, ValueError, TypeError):
+            found = entry  # what only that code can say
+        if found.mark == state.mark:
+            self.schedule[entry.name] = found
+            logger.info("beat: entry %r is taken as code has it that was started later", entry.name)
+        else:
             logger.warning(
                 "beat: entry %r has another schedule in code that was started later; it is left to that beat",
                 entry.name,
             )
-        self._plan(entry)
+        return found
 
     def _wanted(self, entry: ScheduleEntry, state: Optional[State]) -> State:
         """Return the record as this code wants it: another schedule counts from now."""

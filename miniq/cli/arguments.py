@@ -37,6 +37,14 @@ def _whole(text: str, least: int) -> int:
     return value
 
 
+def priority(text: str) -> int:
+    """Return a whole number from 0 to 255."""
+    value = _whole(text, 0)
+    if value > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a priority: 0 to 255")
+    return value
+
+
 def seconds(text: str) -> float:
     """Return a number of seconds above 0."""
     value = _number(text)

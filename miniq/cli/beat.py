@@ -23,7 +23,7 @@ from ..schedules import crontab, describe, schedule, solar
 from ..text import expand_file_name, mask_url, safe_repr
 from ..times import to_iso
 from . import daemon
-from .arguments import json_argument
+from .arguments import json_argument, priority, seconds
 from .commands import print_table
 
 EPILOG = """\
@@ -71,7 +71,7 @@ def add_parsers(subparsers: Any) -> None:
         help="answer pings (see the setting beat_enable_remote_control)",
     )
     add("-S", "--scheduler", help=f"{min(SCHEDULERS, key=len)}, an entry point, or module:Class")
-    add("--max-interval", type=float, metavar="SECONDS", help="the longest wait between two looks")
+    add("--max-interval", type=seconds, metavar="SECONDS", help="the longest wait between two looks")
     add("-l", "--loglevel", default="WARNING", help="DEBUG, INFO, WARNING (default), ERROR or CRITICAL")
     add("-f", "--logfile", help="log to this file")
     add("--pidfile", help="write the process id here; refuse to start when it names a living process")
@@ -101,14 +101,14 @@ def add_parsers(subparsers: Any) -> None:
     added = action("add", "add an entry, which lives in the store alone")
     added.add_argument("task", help="name of the task")
     when = added.add_mutually_exclusive_group(required=True)
-    when.add_argument("--every", type=float, metavar="SECONDS", help="an interval")
+    when.add_argument("--every", type=seconds, metavar="SECONDS", help="an interval")
     when.add_argument("--cron", metavar="TEXT", help="minute hour day-of-month month day-of-week")
     when.add_argument("--solar", nargs=3, metavar=("EVENT", "LAT", "LON"), help="as sunrise 48.85 2.35")
     added.add_argument("-a", "--args", default="[]", help="positional arguments, a JSON array")
     added.add_argument("-k", "--kwargs", default="{}", help="keyword arguments, a JSON object")
     added.add_argument("--queue", help="queue to send it to")
-    added.add_argument("--priority", type=int, help="0 to 255")
-    added.add_argument("--expires", type=float, metavar="SECONDS", help="after which it must not start")
+    added.add_argument("--priority", type=priority, help="0 to 255")
+    added.add_argument("--expires", type=seconds, metavar="SECONDS", help="after which it must not start")
     added.add_argument(
         "--relative", action="store_true", help="with --every: by the clock (full minutes ...)"
     )
@@ -143,8 +143,6 @@ def _count(text: str) -> int:
 def run_beat(app: Any, options: argparse.Namespace) -> int:
     """Run beat until it is told to stop; return the exit code."""
     level_number(options.loglevel)  # before anything is imported
-    if options.max_interval is not None and not options.max_interval > 0:
-        raise MiniqError(f"--max-interval {options.max_interval:g} is not a number of seconds above 0")
     beat = Beat(app, options.scheduler, options.max_interval, options.schedule, hostname=options.hostname)
     node, conf = beat.hostname, app.conf
     if options.enable_remote_control is not None:

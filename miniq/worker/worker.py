@@ -34,6 +34,7 @@ from ..log import LoggingSetup, get_logger, setup_worker_logging
 from ..loop import Loop, Timer
 from ..pools.base import Pool, PoolOptions, pool_class
 from ..routing import Queue
+from ..serialization import serializer
 from ..text import expand_file_name, mask_url, node_name
 from ..trace import TaskRunner
 from ..transports.base import Consumer, Transport
@@ -116,6 +117,11 @@ class Worker:
         conf = app.conf
         signals.celeryd_init.send(sender=self.hostname, instance=self, conf=conf, options=options)
         conf.check()
+        for setting in ("task_serializer", "result_serializer"):
+            try:
+                serializer(conf.get(setting))
+            except ImproperlyConfigured as error:
+                raise ImproperlyConfigured(f"{setting}: {error}") from error
         #: Limits in seconds of tasks that have none of their own; None = as the app is configured.
         self.time_limit, self.soft_time_limit = time_limit, soft_time_limit
         hard, soft = time_limit or conf.task_time_limit, soft_time_limit or conf.task_soft_time_limit

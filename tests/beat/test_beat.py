@@ -369,12 +369,33 @@ def test_changed_schedule_counts_from_now(stage: Stage) -> None:
 def test_code_that_was_started_last_decides_about_an_entry(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     old = stage.beat({**every(10), **every(10, "gone")})
-    new = stage.beat(every(100))
+    new = stage.beat(every(100, options={"priority": 7}))
     stage.pass_time(10, old, new)
     assert old.records()["entry"].runs == 0 and old.records()["gone"].runs == 1
-    assert "left to that beat" in caplog.text
+    assert "is taken as code has it that was started later" in caplog.text
     stage.pass_time(90, new, old)
+    assert old.records()["entry"].runs == 1
+    # The beat of the newer code dies.
+    stage.pass_time(100, old)
+    assert old.records()["entry"].runs == 2 and old.schedule["entry"].options == {"priority": 7}
+
+
+class Every100(schedule):
+    """A schedule that only code can say."""
+
+
+def test_entry_that_cannot_be_written_is_left_to_the_beat_with_its_code(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = stage.beat(every(10))
+    new = stage.beat(every(Every100(100)))
+    stage.pass_time(10, old)
+    assert "left to that beat" in caplog.text
+    stage.pass_time(90, old)
+    assert old.records()["entry"].runs == 0
+    stage.pass_time(0, new)
     assert old.records()["entry"].runs == 1
 
 

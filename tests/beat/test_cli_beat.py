@@ -109,12 +109,16 @@ def test_beat_waits_for_a_server_that_is_down(program: Callable[..., Program], t
         (["-S", "no.module:Scheduler"], "there is no module 'no"),
         (["-S", "miniq.schedules:crontab"], "'miniq.schedules:crontab' is no scheduler"),
         (["-l", "loud"], "unknown log level 'loud'"),
-        (["--max-interval", "-1"], "is not a number of seconds above 0"),
     ],
 )
 def test_values_beat_cannot_start_with_are_explained(inside: Inside, args: Any, said: str) -> None:
     code, _, err = inside("beat", *args)
     assert code == 1 and said in err and "Traceback" not in err
+
+
+def test_interval_that_is_none_is_a_wrong_command_line(inside: Inside) -> None:
+    code, _, err = inside("beat", "--max-interval", "-1")
+    assert code == 2 and "'-1' is not a number of seconds above 0" in err
 
 
 def test_beat_needs_to_know_its_app(capsys: Any) -> None:
@@ -161,7 +165,9 @@ def test_schedule_is_listed_added_paused_run_and_removed(inside: Inside) -> None
         (["add", "nightly", "t", "--every", "5"], 1, "already"),
         (["add", "x", "t", "--cron", "99 * * * *"], 1, "minute '99' is out of range"),
         (["add", "x", "t", "--cron", "* * *"], 1, "crontab"),
-        (["add", "x", "t", "--every", "-5"], 1, "-5"),
+        (["add", "x", "t", "--every", "-5"], 2, "'-5' is not a number of seconds above 0"),
+        (["add", "x", "t", "--every", "5", "--priority", "999"], 2, "'999' is not a priority: 0 to 255"),
+        (["add", "x", "t", "--every", "5", "--expires", "nan"], 2, "'nan' is not a number of seconds"),
         (["add", "x", "t", "--solar", "sunrize", "1", "2"], 1, "sunrise"),
         (["add", "x", "t", "--solar", "sunrise", "north", "2"], 1, "north"),
         (["add", "x", "t", "--every", "5", "-a", "{}"], 1, "--args must be a JSON array"),

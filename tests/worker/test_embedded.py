@@ -131,6 +131,8 @@ def test_error_at_the_start_is_raised_in_the_host(make_app: Callable[..., MiniQ]
         make_app().worker(exclude_queues="mail")
     with pytest.raises(ImproperlyConfigured, match="nothing remains"):
         make_app().worker(exclude_queues=["celery"])
+    with pytest.raises(ImproperlyConfigured, match="result_serializer: unknown serializer 'jason'"):
+        make_app(result_serializer="jason").worker()
     with pytest.raises(ImproperlyConfigured, match="at least 1"):
         make_app().worker(concurrency=0)
     with pytest.raises(ImportError, match="no_such_module"):
