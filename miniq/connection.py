@@ -65,18 +65,23 @@ class Connection:
         interval_start: float = FIRST_PAUSE_S,
         interval_step: float = MORE_PAUSE_S,
         interval_max: float = LONGEST_PAUSE_S,
+        timeout: Optional[float] = None,
         **options: Any,
     ) -> "Connection":
         """Do the same, and try again `max_retries` times (None = for ever) with growing pauses (seconds).
 
-        `errback` gets each error and the pause after it.
+        No try begins more than `timeout` seconds after the first.  `errback` gets each error and the pause
+        after it.  Other options are Celery's and have no effect.
         """
         tries, pause_s = 0, interval_start
+        until_mono = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
                 return self.connect()
             except OperationalError as error:
                 if max_retries is not None and tries >= max_retries:
+                    raise
+                if until_mono is not None and time.monotonic() + pause_s > until_mono:
                     raise
                 if errback is not None:
                     errback(error, pause_s)

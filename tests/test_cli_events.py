@@ -126,14 +126,19 @@ def test_it_says_what_is_wrong(tmp_path: Path, ours: EventDispatcher, sqlite_url
             ended(tmp_path, sqlite_url),
             ended(tmp_path, sqlite_url, "-c", "proj.Picture"),
             ended(tmp_path, sqlite_url, "-F", "0"),
+            ended(tmp_path, sqlite_url, "-c", "proj.app"),
+            ended(tmp_path, sqlite_url, "-r", "often"),
+            ended(tmp_path, sqlite_url, "--limit", "-1"),
         ]
-    assert [one.returncode for one in found] == [69, 1, 1, 1, 2]
-    quiet, no_broker, no_terminal, no_camera, wrong = [one.stderr for one in found]
+    assert [one.returncode for one in found] == [69, 1, 1, 1, 2, 1, 2, 2]
+    quiet, no_broker, no_terminal, no_camera, wrong, other, rate, limit = [one.stderr for one in found]
     assert quiet.endswith("events: no event came within 0.05 s\n")
     assert no_broker.startswith("Error: ") and "redis://:**@127.0.0.1" in no_broker
     assert no_terminal == "Error: the screen needs a terminal; without one use events --dump\n"
     assert "did you mean 'Pictures'?" in no_camera
     assert "'0' is not a number of seconds above 0" in wrong
+    assert other.startswith("Error: 'proj.app' is no camera; a camera is a class that comes from ")
+    assert "Invalid rate limit string: 'often'" in rate and "'-1' is not a number above 0" in limit
     assert not any("Traceback" in one.stderr for one in found)
 
 

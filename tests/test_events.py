@@ -435,6 +435,12 @@ def test_a_connection_opens_when_it_is_asked_to(make_app: Callable[..., MiniQ]) 
     with pytest.raises(OperationalError):
         connection.ensure_connection(lambda error, pause_s: pauses.append(pause_s), 2, 0.01, 0.01, 0.015)
     assert pauses == [0.01, 0.015]
+    pauses.clear()
+    with pytest.raises(OperationalError):
+        connection.ensure_connection(
+            lambda error, pause_s: pauses.append(pause_s), interval_start=600, timeout=60
+        )
+    assert pauses == [], "no pause that ends too late"
 
 
 def test_a_connection_that_opens_makes_nothing_on_the_server(rabbit_server: Server, rabbit_url: str) -> None:

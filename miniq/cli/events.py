@@ -13,11 +13,12 @@ from datetime import datetime, timezone
 from typing import Any, Callable, Dict
 
 from ..events import EventReceiver
-from ..events.snapshot import evcam
+from ..events.snapshot import Polaroid, evcam
 from ..events.state import LRUCache
 from ..exceptions import MiniqError
 from ..log import setup_worker_logging
 from ..text import import_object, node_name
+from ..times import parse_rate
 from . import daemon, events_screen
 
 #: sysexits.h: nobody has told anything.
@@ -55,9 +56,9 @@ def add_parser(subparsers: Any) -> None:
     add("-c", "--camera", metavar="PATH", help="have this camera take pictures: module.Class (a Polaroid)")
     add("-F", "--frequency", "--freq", type=_seconds, default=1.0, metavar="SECONDS",
         help="between two pictures (1)")  # fmt: skip
-    add("-r", "--maxrate", metavar="RATE", help="take no more pictures than this: 10/m")
+    add("-r", "--maxrate", type=_rate, metavar="RATE", help="take no more pictures than this: 10/m")
     add("--json", action="store_true", help="with --dump: as JSON")
-    add("--limit", type=int, metavar="N", help="with --dump: end after N messages")
+    add("--limit", type=_count, metavar="N", help="with --dump: end after N messages")
     add("--timeout", type=_seconds, metavar="SECONDS", help="with --dump: end when nothing came for so long")
     add("-l", "--loglevel", default="INFO", help="of a camera: DEBUG, INFO (default), WARNING, ERROR")
     add("-f", "--logfile", help="log to this file")
@@ -73,6 +74,20 @@ def _seconds(text: str) -> float:
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
+
+
+def _rate(text: str) -> str:
+    try:
+        parse_rate(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def run(app: Any, options: argparse.Namespace) -> int:
@@ -144,6 +159,8 @@ def _dump(app: Any, options: argparse.Namespace) -> int:
 
 def _run_camera(app: Any, options: argparse.Namespace) -> int:
     camera = import_object(options.camera)
+    if not (isinstance(camera, type) and issubclass(camera, Polaroid)):
+        raise MiniqError(f"{options.camera!r} is no camera; a camera is a class that comes from {Polaroid!r}")
     node = node_name("events@%h")
     setup = setup_worker_logging(
         level=options.loglevel,

@@ -624,6 +624,7 @@ class TaskConsumer:
     def _back(self, request: Request, job: Job) -> None:
         """The pool did not begin it: let whoever is free first have it."""
         self.events.taken_back(request)
+        self.total[request.name] -= 1  # it is counted when it is handed out again
         self._ahead = 0
         self._returned.append(request)
         self.schedule()

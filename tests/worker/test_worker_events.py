@@ -232,6 +232,8 @@ PREFORK = """
 
     @app.task
     def quick(n):
+        if n == 150:
+            time.sleep(0.5)  # what waits behind it is taken back
         return n
 
     @app.task
