@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import threading
 from contextlib import ExitStack
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
 
@@ -108,7 +109,8 @@ def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
             patch.setenv(name, folder)
         patch.setattr(tempfile, "tempdir", folder)
         yield
-    shutil.rmtree(folder, ignore_errors=True)
+    # Not now: multiprocessing has a folder in it until the interpreter ends, and -100 is when that goes.
+    Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
 
 
 @pytest.fixture(autouse=True)

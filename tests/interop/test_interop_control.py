@@ -13,11 +13,12 @@ import uuid
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import pytest
-from interop_fleet import HERE, TIMEOUT_S, Fleet, Side
+from interop_fleet import HERE, TIMEOUT_S, Fleet, Side, skip_without_celery
 from interop_tasks import BACKEND, BROKER, FOLDER
 from waiting import wait_until
 from workers import environment
 
+skip_without_celery()
 pytestmark = pytest.mark.over("redis", "amqp+redis")
 
 #: A space that no other test has.
