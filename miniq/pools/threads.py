@@ -68,10 +68,8 @@ class ThreadGuard:
         if due is not None:
             raise self._complete(due())
 
-    def __exit__(self, exc_type: object, error: Optional[BaseException], traceback: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.disarm()
-        if error is not None:
-            self._complete(error)
 
     def disarm(self) -> None:
         """Let nothing through any more."""
@@ -85,13 +83,28 @@ class ThreadGuard:
                 pass
 
     def _complete(self, error: BaseException) -> BaseException:
-        """Give the limit to an error that was raised as a bare class."""
+        """Give the limit to an error that was made without."""
         if isinstance(error, SoftTimeLimitExceeded) and not error.args:
             error.args = (self._soft_limit_s,)
         return error
 
     def _interrupt(self, exception: Type[BaseException]) -> None:
+        if exception is SoftTimeLimitExceeded:
+            exception = _made_with(exception, self._soft_limit_s)
         _set_async_exception(self._ident, exception)
+
+
+def _made_with(exception: Type[BaseException], argument: Any) -> Type[BaseException]:
+    """Return a class whose instances are ``exception(argument)``.
+
+    CPython takes a class and makes the instance when that arrives, wherever in the task that is; no code
+    of ours is sure to see it early enough to add the argument.
+    """
+
+    def make(cls: object, made: Optional[BaseException] = None) -> BaseException:
+        return made or exception(argument)  # before 3.11 it asks again, with what it got
+
+    return type(exception.__name__, (exception,), {"__new__": make, "__module__": exception.__module__})
 
 
 def _set_async_exception(ident: int, exception: Type[BaseException]) -> None:
