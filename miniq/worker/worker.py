@@ -25,7 +25,6 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 from .. import _state, signals
 from ..backends.base import Backend
-from ..beat import Beat
 from ..control import control_queue
 from ..exceptions import BackendError, ImproperlyConfigured, OperationalError
 from ..health import CONSUMING, NO_BROKER, STARTING, STOPPING
@@ -167,7 +166,7 @@ class Worker:
             pool, max_tasks_per_child, max_memory_per_child, start_method
         )  # fmt: skip
         #: Sends periodic tasks in a thread, where that was asked for; `beat` may hold arguments of `Beat`.
-        self.beat = Beat(app, embedded=True, **(beat if isinstance(beat, dict) else {})) if beat else None
+        self.beat = app.Beat(embedded=True, **(beat if isinstance(beat, dict) else {})) if beat else None
         signals.celeryd_after_setup.send(sender=self.hostname, instance=self, conf=conf)
         self.tasks: TaskConsumer
         self.transport: Transport
