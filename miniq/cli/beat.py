@@ -6,11 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from .. import __version__
 from ..beat import SCHEDULERS, Beat, scheduler_class
@@ -144,26 +142,16 @@ def run_beat(app: Any, options: argparse.Namespace) -> int:
     """Run beat until it is told to stop; return the exit code."""
     level_number(options.loglevel)  # before anything is imported
     beat = Beat(app, options.scheduler, options.max_interval, options.schedule, hostname=options.hostname)
-    node, conf = beat.hostname, app.conf
+    node = beat.hostname
     if options.enable_remote_control is not None:
         app.conf.update({"beat_enable_remote_control": options.enable_remote_control}, "the command line")
     path = expand_file_name(daemon.health_file(options, None, node), node)
     life_sign = LifeSign(beat.loop, path, node, "beat", lambda: _state(beat)) if path else None
     with daemon.pid_file(options.pidfile, node):
         stderr = sys.stderr
-        setup = setup_worker_logging(
-            options.loglevel,
-            daemon.log_file(options),
-            False if options.no_color else conf.worker_log_color,
-            conf.worker_hijack_root_logger,
-            node=node,
-            fmt=conf.worker_log_format,
-            task_fmt=conf.worker_task_log_format,
-            datefmt=conf.worker_log_datefmt,
-            task_datefmt=conf.worker_task_log_datefmt,
-        )
+        setup = setup_worker_logging(node=node, **daemon.log_options(app, options))
         try:
-            with _signals_to(beat):
+            with daemon.on_signals(("SIGTERM", "SIGINT", "SIGHUP"), lambda *_: beat.stop()):
                 if not options.quiet:
                     print(banner(beat, options), file=stderr, flush=True)
                 daemon.let_go(options, node)
@@ -194,24 +182,6 @@ def banner(beat: Beat, options: argparse.Namespace) -> str:
     ]
     lines += [f"  warning  {text}" for text in app.conf.warnings]
     return "\n".join(lines)
-
-
-@contextmanager
-def _signals_to(beat: Beat) -> Iterator[None]:
-    """Have signals end beat while the block runs."""
-    before: Dict[int, Any] = {}
-    try:
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None:
-                before[number] = signal.signal(number, lambda *_: beat.stop())
-    except ValueError:
-        pass  # not the main thread: signals are the program's business
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # -- schedule ------------------------------------------------------------------------------------

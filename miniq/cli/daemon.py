@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence
 
 from .. import health
 from ..exceptions import ImproperlyConfigured, MiniqError
@@ -128,6 +129,43 @@ def log_file(options: argparse.Namespace) -> Optional[str]:
     """Return the log file to use: that of the command line, or the one of a detached process."""
     given: Optional[str] = options.logfile
     return LOG_FILE if given is None and options.detached else given
+
+
+def log_options(app: Any, options: argparse.Namespace) -> Dict[str, Any]:
+    """Return what a service's own command line and its app say of its log, for `setup_worker_logging`."""
+    conf = app.conf
+    return {
+        "level": options.loglevel,
+        "logfile": log_file(options),
+        "color": False if options.no_color else conf.worker_log_color,
+        "hijack": conf.worker_hijack_root_logger,
+        "fmt": conf.worker_log_format,
+        "task_fmt": conf.worker_task_log_format,
+        "datefmt": conf.worker_log_datefmt,
+        "task_datefmt": conf.worker_task_log_datefmt,
+    }
+
+
+@contextmanager
+def on_signals(names: Iterable[str], handler: Callable[[int, Any], None]) -> Iterator[bool]:
+    """Have `handler` called for those signals that this system has, while the block runs.
+
+    Yields False, and nothing is done, outside of the main thread: there signals are the program's business.
+    """
+    before: Dict[int, Any] = {}
+    is_ours = True
+    try:
+        for name in names:
+            number = getattr(signal, name, None)
+            if number is not None:
+                before[number] = signal.signal(number, handler)
+    except ValueError:
+        is_ours = False
+    try:
+        yield is_ours
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def let_go(options: argparse.Namespace, node: str) -> None:

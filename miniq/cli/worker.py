@@ -130,7 +130,11 @@ def run(app: Any, options: argparse.Namespace) -> int:
         start_method=options.pool_start_method,
         autoscale=options.autoscale,
         purge=options.purge,
-        log=log_options(app, options),
+        log={
+            **daemon.log_options(app, options),
+            "redirect_stdouts": app.conf.worker_redirect_stdouts,
+            "redirect_level": app.conf.worker_redirect_stdouts_level,
+        },
         beat=options.beat and {"schedule": options.schedule_filename, "scheduler": options.scheduler},
         task_events=options.task_events or None,
         without_heartbeat=options.without_heartbeat,
@@ -167,23 +171,6 @@ def run(app: Any, options: argparse.Namespace) -> int:
 
 def _names(text: str) -> List[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def log_options(app: Any, options: argparse.Namespace) -> Dict[str, Any]:
-    """Return the arguments of `setup_worker_logging`, for this process and its children."""
-    conf = app.conf
-    return {
-        "level": options.loglevel,
-        "logfile": daemon.log_file(options),
-        "color": False if options.no_color else conf.worker_log_color,
-        "hijack": conf.worker_hijack_root_logger,
-        "redirect_stdouts": conf.worker_redirect_stdouts,
-        "redirect_level": conf.worker_redirect_stdouts_level,
-        "fmt": conf.worker_log_format,
-        "task_fmt": conf.worker_task_log_format,
-        "datefmt": conf.worker_log_datefmt,
-        "task_datefmt": conf.worker_task_log_datefmt,
-    }
 
 
 def banner(worker: Worker, options: argparse.Namespace) -> str:
@@ -229,21 +216,12 @@ def signals_to(worker: Worker, leave_now: Callable[[int], None]) -> Iterator[Non
         at_once = name == "SIGQUIT" and not worker.app.conf.worker_soft_shutdown_timeout
         worker.stop("cold" if at_once or len(asked) > 1 else "warm", name)
 
-    before: Dict[int, Any] = {}
     stacks = getattr(signal, "SIGUSR1", None) if hasattr(faulthandler, "register") else None
-    try:
-        for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None:
-                before[number] = signal.signal(number, on_stop)
-        if stacks is not None:
+    with daemon.on_signals(("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"), on_stop) as is_ours:
+        if is_ours and stacks is not None:
             faulthandler.register(stacks, sys.__stderr__ or 2, all_threads=True)
-    except ValueError:
-        pass  # not the main thread: signals are the program's business
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if stacks is not None:
-            faulthandler.unregister(stacks)
+        try:
+            yield
+        finally:
+            if stacks is not None:
+                faulthandler.unregister(stacks)
