@@ -258,7 +258,7 @@ class WorkerTerminate(SystemExit):
 def _bounded_repr(value: object) -> str:
     try:
         text = repr(value)
-    except Exception as error:  # a user's __repr__ may do anything
+    except Exception as error:  # safety net: a user's __repr__ may do anything
         return f"<{type(value).__name__}: repr failed: {type(error).__name__}>"
     return text if len(text) <= 1024 else text[:1021] + "..."
 

@@ -339,7 +339,7 @@ class Loop:
         """Call; the loop's safety net: an error is logged and the loop goes on."""
         try:
             callback(*args)
-        except Exception:
+        except Exception:  # named net: whatever a callback raises, the others are served
             logger.exception("callback %s failed; the loop goes on without it", callback_name(callback))
         mono = self.mono()
         if mono - self._callback_began > SLOW_CALLBACK_S:

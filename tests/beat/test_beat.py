@@ -341,7 +341,6 @@ def test_clock_set_forward_is_an_absence(stage: Stage) -> None:
 def test_fixed_hour_is_sent_once_on_days_when_the_clock_changes(
     stage: Stage, start: str, times: List[str]
 ) -> None:
-    pytest.importorskip("zoneinfo")
     stage.clock.set(start)
     beat = stage.beat(every(crontab(minute=30, hour=2)), timezone="Europe/Paris")
     seen: List[str] = []
